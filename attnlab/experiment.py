@@ -1,0 +1,135 @@
+"""From a configuration to a task, and from a run's folder back to its parameters.
+
+This is where the rooms meet: data, models and objectives become a `Task` for the trainer, evaluators are attached.
+"""
+
+import dataclasses
+import functools
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from attnlab import evaluation
+from attnlab.config import ConfigError, Experiment, from_config_dict, to_dict
+from attnlab.data.loader import make_loader
+from attnlab.data.sources import open_source
+from attnlab.data.tokenizers import Tokenizer, open_tokenizer
+from attnlab.objectives.language_modelling import LanguageModelling
+from attnlab.training import multihost
+from attnlab.training.files import CONFIG, write_atomically
+from attnlab.training.loop import restore_state
+
+
+@dataclasses.dataclass
+class LanguageModellingTask:
+    """Language-model pretraining as a `attnlab.training.task.Task`."""
+
+    experiment: Experiment
+    tokenizer: Tokenizer
+    objective: LanguageModelling
+
+    cursor_width = 2  # documents begun, tokens of the current one
+
+    @property
+    def batch_size(self) -> int:
+        return self.experiment.data.batch_size
+
+    @property
+    def tokens_per_batch(self) -> int:
+        return self.batch_size * self.experiment.data.sequence_length
+
+    def batches(self, rows: Sequence[int], cursor: np.ndarray | None):
+        data = self.experiment.data
+        return make_loader(
+            data, self.tokenizer, rows=rows, split=data.split, repeat=True, shuffle=True, cursor=cursor
+        )
+
+    def context(self, params: Any, mesh: jax.sharding.Mesh) -> evaluation.Context:
+        return evaluation.Context(self.experiment, self.objective, params, mesh, self.tokenizer)
+
+    def evaluate(self, params: Any, mesh: jax.sharding.Mesh) -> dict[str, float]:
+        return evaluation.run("held_out", self.context(params, mesh)).scalars
+
+    def finish(self, params: Any, mesh: jax.sharding.Mesh, workdir: Path) -> list[Path]:
+        result = evaluation.run("generate", self.context(params, mesh))
+        return evaluation.write(result, workdir / "eval")
+
+
+def open_task(experiment: Experiment) -> LanguageModellingTask:
+    """The task of a validated experiment; reads the tokeniser, prepares no data yet."""
+    tokenizer = open_tokenizer(experiment.data.tokenizer)
+    experiment = dataclasses.replace(experiment, model=experiment.model.with_vocab(tokenizer.vocab_size))
+    objective = LanguageModelling(
+        experiment.model, experiment.language_modelling, experiment.data.sequence_length
+    )
+    return LanguageModellingTask(experiment, tokenizer, objective)
+
+
+def prepare(task: LanguageModellingTask, workdir: Path) -> None:
+    """Get the data in place (process 0 first) and write <workdir>/config.json; collective over all processes.
+
+    ConfigError if the folder holds a run which this experiment cannot go on with; nothing in it is touched then.
+    """
+    if (workdir / CONFIG).exists():
+        check_continues(load_config(workdir), task.experiment, workdir)
+    data = task.experiment.data
+    for split in (data.split, data.eval_split):
+        open_source(
+            data.source,
+            split,
+            data.data_dir,
+            leader=multihost.is_main(),
+            barrier=functools.partial(multihost.barrier, f"data split {split}"),
+        )
+    if multihost.is_main():
+        write_atomically(workdir / CONFIG, json.dumps(to_dict(task.experiment), indent=2) + "\n")
+
+
+FREE_MODEL_FIELDS = ("dtype", "remat")  # these change arithmetic or memory, not the parameters
+FIXED_DATA_FIELDS = (
+    "source",
+    "split",
+    "tokenizer",
+    "batch_size",
+    "packing",
+    "seed",
+)  # these give the cursor its meaning
+
+
+def check_continues(old: Experiment, new: Experiment, workdir: Path) -> None:
+    """ConfigError naming the first field which a run in `workdir` cannot change when it goes on."""
+    pairs = {"task": (old.task, new.task)}
+    for field in dataclasses.fields(old.model):
+        if field.name not in FREE_MODEL_FIELDS:
+            pairs[f"model.{field.name}"] = getattr(old.model, field.name), getattr(new.model, field.name)
+    for name in FIXED_DATA_FIELDS:
+        pairs[f"data.{name}"] = getattr(old.data, name), getattr(new.data, name)
+    for name, (before, after) in pairs.items():
+        if before != after:
+            raise ConfigError(
+                f"{workdir} holds a run with {name}={before!r}, which cannot go on with {after!r}; keep the old value, "
+                "or give another --workdir"
+            )
+
+
+def load_config(workdir: Path) -> Experiment:
+    """The experiment of a run's folder; ConfigError when there is none."""
+    path = workdir / CONFIG
+    if not path.exists():
+        raise ConfigError(
+            f"{workdir} has no {CONFIG}, so it is not the folder of a run; give --workdir of one"
+        )
+    return from_config_dict(json.loads(path.read_text()))
+
+
+def restore_params(
+    workdir: Path, task: LanguageModellingTask, mesh: jax.sharding.Mesh, step: int | None = None
+) -> tuple[int, Any]:
+    """(step, params) of the newest intact checkpoint, or of `step`, laid out on `mesh`."""
+    training = task.experiment.training
+    step, saved = restore_state(training, task, workdir, mesh, step=step)
+    return step, saved["state"].params

@@ -1,0 +1,1 @@
+"""What is built from mixers: blocks and whole models."""

@@ -1,0 +1,43 @@
+"""The contract between a task and the trainer.
+
+A loss is a sum over counted items and their number, never a mean: sums of micro-batches and of devices can be added,
+so gradient accumulation and sharding give the gradient of the whole batch exactly, whatever the padding.
+"""
+
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+Array = jax.Array
+
+
+@struct.dataclass
+class Terms:
+    """loss_sum and weight [] float32; metrics: name -> (sum, weight), both [] float32, reported as sum / weight."""
+
+    loss_sum: Array
+    weight: Array
+    metrics: dict[str, tuple[Array, Array]]
+
+
+class Objective(Protocol):
+    """A task. `init` makes parameters; calling it gives the terms of one (micro-)batch."""
+
+    def init(self, rng: Array) -> Any: ...
+
+    def __call__(self, params: Any, batch: dict[str, Array], rng: Array) -> Terms: ...
+
+    def forward_flops_per_token(self) -> float: ...
+
+
+def add_terms(a: Terms, b: Terms) -> Terms:
+    """The terms of two micro-batches together."""
+    return jax.tree.map(jnp.add, a, b)
+
+
+def average(terms: Terms) -> dict[str, Array]:
+    """{"loss": ..., metric: ...} as ratios; a ratio of nothing is 0."""
+    ratios = {"loss": (terms.loss_sum, terms.weight), **terms.metrics}
+    return {name: total / jnp.maximum(weight, 1e-9) for name, (total, weight) in ratios.items()}

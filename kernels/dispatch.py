@@ -1,0 +1,164 @@
+"""Which implementation of an operation runs, and the one place where an operation meets the device mesh.
+
+An implementation is a function of one argument tree (a registered dataclass of arrays and static options). `None` asks
+for the best one of the platform compiled for; a name asks for that one or for an error that says why not. Under a mesh
+(`with jax.set_mesh(mesh)`) the operation runs in `jax.shard_map`, because a kernel is opaque to the partitioner.
+
+Letters of a layout string, one per array axis: b batch, h query heads, k key/value heads, anything else not sharded.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AxisType, PartitionSpec
+
+ACCELERATORS = ("tpu", "cuda", "rocm")
+BATCH_AXES = ("data", "fsdp")
+HEAD_AXIS = "tensor"
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """One way to compute an operation.
+
+    Attributes:
+        name: what `implementation=` selects.
+        function: argument tree -> result.
+        why_unsupported: argument tree -> a sentence saying why it cannot run on these arguments, or None.
+        platforms: platforms ("cpu", "tpu", "cuda", "rocm") for which `implementation=None` may take it.
+    """
+
+    name: str
+    function: Callable[[Any], Any]
+    why_unsupported: Callable[[Any], str | None] = lambda arguments: None
+    platforms: tuple[str, ...] = ("cpu", *ACCELERATORS)
+
+
+def run(implementations: Sequence[Implementation], name: str | None, arguments: Any) -> Any:
+    """Runs the named implementation, or for None the first usable one of the list for the platform compiled for.
+
+    Raises:
+        ValueError: the name is unknown, or the named one cannot run (with its reason and what is available);
+            or nothing usable remains for the default.
+    """
+    reasons = {each.name: each.why_unsupported(arguments) for each in implementations}
+    usable = [each for each in implementations if reasons[each.name] is None]
+    if name is not None:
+        return _named(implementations, name, reasons)(arguments)
+    first = {p: next((e for e in usable if p in e.platforms), None) for p in ("cpu", *ACCELERATORS)}
+    if first["cpu"] is None:
+        raise ValueError(f"no implementation can run on these arguments: {_sentences(reasons)}")
+    special = {p: first[p].function for p in ACCELERATORS if first[p] not in (None, first["cpu"])}
+    return _by_platform(special, first["cpu"].function, arguments)
+
+
+def over_mesh(operation: Callable[[Any], Any], arguments: Any, layout: Any, out_layout: Any) -> Any:
+    """Runs `operation(arguments)` on each device's share of batch and heads; the sequence axis is never split.
+
+    Batch goes to the mesh axes "data" and "fsdp", heads to "tensor". An axis that does not divide its dimension is not
+    used for it: every device along it then computes the same. If "tensor" divides the query heads and is a multiple of
+    the key/value heads, each key/value head is copied to the devices whose query heads read it; if it fits neither way,
+    heads are not split. Operands enter whole along "sequence". No mesh, a mesh of one device, or axes that are already
+    manual (inside another shard_map) leave the operation as it is.
+
+    Args:
+        operation: a function of the argument tree that works on local sizes.
+        arguments: the tree; Python numbers in it stay Python numbers.
+        layout: the same tree with a layout string for every leaf.
+        out_layout: a tree of layout strings for the result.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    kinds = {} if mesh.empty else dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
+    free = {name: mesh.shape[name] for name, kind in kinds.items() if kind != AxisType.Manual}
+    if math.prod(free.values()) == 1:
+        return operation(arguments)
+    operands, letters, rebuild = _arrays(arguments, layout)
+    axes, copies = _mesh_axes(free, _sizes(operands, letters))
+    specs = tuple(_spec(text, axes) for text in letters)
+    operands = [_copy_heads(x, text, copies) for x, text in zip(operands, letters, strict=True)]
+    if all(
+        kinds[name] == AxisType.Explicit for name in free
+    ):  # such meshes refuse to move operands by themselves
+        operands = [jax.reshard(x, spec) for x, spec in zip(operands, specs, strict=True)]
+    # The loops inside start from constants, which the varying-axes check would reject; gradients stay right without it.
+    return jax.shard_map(
+        lambda *shards: operation(rebuild(shards)),
+        in_specs=specs,
+        out_specs=jax.tree.map(lambda text: _spec(text, axes), out_layout),
+        axis_names=set(free),
+        check_vma=False,
+    )(*operands)
+
+
+def _named(implementations, name, reasons):
+    found = next((each for each in implementations if each.name == name), None)
+    available = ", ".join(repr(n) for n, reason in reasons.items() if reason is None) or "none"
+    if found is None:
+        raise ValueError(f"implementation={name!r} does not exist; available here: {available}")
+    if reasons[name] is not None:
+        raise ValueError(f"implementation={name!r} cannot run: {reasons[name]}; available here: {available}")
+    return found.function
+
+
+def _sentences(reasons):
+    return "; ".join(f"{name}: {reason or 'not for this platform'}" for name, reason in reasons.items())
+
+
+def _by_platform(special, default, arguments):
+    if not special:
+        return default(arguments)
+    arrays, _, rebuild = _arrays(arguments, arguments)
+
+    def bind(function):
+        return lambda *arrays: function(rebuild(arrays))
+
+    branches = {platform: bind(function) for platform, function in special.items()}
+    return jax.lax.platform_dependent(*arrays, default=bind(default), **branches)
+
+
+def _arrays(arguments, layout):
+    """The arrays of a tree, their entries in `layout`, and how to put arrays back beside the tree's Python numbers."""
+    leaves, tree = jax.tree.flatten(arguments)
+    places = [n for n, leaf in enumerate(leaves) if not isinstance(leaf, (int, float))]
+    letters = tree.flatten_up_to(layout)
+
+    def rebuild(arrays):
+        found = dict(zip(places, arrays, strict=True))
+        return tree.unflatten([found.get(n, leaf) for n, leaf in enumerate(leaves)])
+
+    return [leaves[n] for n in places], [letters[n] for n in places], rebuild
+
+
+def _sizes(leaves, letters):
+    """Size of each lettered dimension, read from the first operand that has it."""
+    sizes = {}
+    for leaf, text in zip(leaves, letters, strict=True):
+        for letter, size in zip(text, jnp.shape(leaf), strict=True):
+            sizes.setdefault(letter, size)
+    return sizes
+
+
+def _mesh_axes(free, sizes):
+    """Mesh axes of the letters b, h and k, and how often each key/value head is repeated first."""
+    batch, share = [], 1
+    for name in BATCH_AXES:
+        if name in free and sizes["b"] % (share * free[name]) == 0:
+            batch.append(name)
+            share *= free[name]
+    tensor = free.get(HEAD_AXIS, 1)
+    heads, kv_heads = sizes.get("h", 1), sizes.get("k", sizes.get("h", 1))
+    if tensor == 1 or heads % tensor or (kv_heads % tensor and tensor % kv_heads):
+        return {"b": tuple(batch)}, 1
+    return {"b": tuple(batch), "h": HEAD_AXIS, "k": HEAD_AXIS}, max(1, tensor // kv_heads)
+
+
+def _copy_heads(leaf, text, copies):
+    return jnp.repeat(leaf, copies, axis=text.index("k")) if copies > 1 and "k" in text else leaf
+
+
+def _spec(text, axes):
+    return PartitionSpec(*(axes.get(letter) or None for letter in text))
