@@ -33,7 +33,7 @@ def parse_flags(argv: list[str]) -> list[str]:
         for name in flags.FLAGS:
             _check_loaded(flags.FLAGS[name])
         if not flags.FLAGS["verbosity"].present:  # libraries log every file they touch; --verbosity=0 shows it
-            flags.FLAGS["verbosity"].value = ERRORS_ONLY
+            flags.FLAGS.verbosity = ERRORS_ONLY
         return rest
     except Exception as error:  # config files are programs: they can raise anything
         quit_with(argv[0], error, USAGE_ERROR)

@@ -23,6 +23,8 @@ from attnlab.training import multihost
 from attnlab.training.files import CONFIG, write_atomically
 from attnlab.training.loop import restore_state
 
+SAMPLE_CHARACTERS = 800  # of the generated text, shown at the end of a run
+
 
 @dataclasses.dataclass
 class LanguageModellingTask:
@@ -48,14 +50,17 @@ class LanguageModellingTask:
             data, self.tokenizer, rows=rows, split=data.split, repeat=True, shuffle=True, cursor=cursor
         )
 
-    def context(self, params: Any, mesh: jax.sharding.Mesh) -> evaluation.Context:
-        return evaluation.Context(self.experiment, self.objective, params, mesh, self.tokenizer)
+    def context(self, params: Any, mesh: jax.sharding.Mesh, step: int | None = None) -> evaluation.Context:
+        return evaluation.Context(self.experiment, self.objective, params, mesh, self.tokenizer, step)
 
     def evaluate(self, params: Any, mesh: jax.sharding.Mesh) -> dict[str, float]:
         return evaluation.run("held_out", self.context(params, mesh)).scalars
 
     def finish(self, params: Any, mesh: jax.sharding.Mesh, workdir: Path) -> list[Path]:
-        result = evaluation.run("generate", self.context(params, mesh))
+        context = self.context(params, mesh, self.experiment.training.steps)
+        result = evaluation.run("generate", context)
+        if multihost.is_main():
+            print(result.text[:SAMPLE_CHARACTERS], flush=True)
         return evaluation.write(result, workdir / "eval")
 
 
@@ -89,7 +94,7 @@ def prepare(task: LanguageModellingTask, workdir: Path) -> None:
         write_atomically(workdir / CONFIG, json.dumps(to_dict(task.experiment), indent=2) + "\n")
 
 
-FREE_MODEL_FIELDS = ("dtype", "remat")  # these change arithmetic or memory, not the parameters
+FREE_FIELDS = ("dtype", "remat", "implementation")  # these change arithmetic or memory, not the parameters
 FIXED_DATA_FIELDS = (
     "source",
     "split",
@@ -97,23 +102,31 @@ FIXED_DATA_FIELDS = (
     "batch_size",
     "packing",
     "seed",
-)  # these give the cursor its meaning
+)  # give the cursor its meaning
 
 
 def check_continues(old: Experiment, new: Experiment, workdir: Path) -> None:
     """ConfigError naming the first field which a run in `workdir` cannot change when it goes on."""
-    pairs = {"task": (old.task, new.task)}
-    for field in dataclasses.fields(old.model):
-        if field.name not in FREE_MODEL_FIELDS:
-            pairs[f"model.{field.name}"] = getattr(old.model, field.name), getattr(new.model, field.name)
-    for name in FIXED_DATA_FIELDS:
-        pairs[f"data.{name}"] = getattr(old.data, name), getattr(new.data, name)
-    for name, (before, after) in pairs.items():
-        if before != after:
+    before, after = _lasting_fields(old), _lasting_fields(new)
+    for name in before | after:
+        if before.get(name) != after.get(name):
             raise ConfigError(
-                f"{workdir} holds a run with {name}={before!r}, which cannot go on with {after!r}; keep the old value, "
-                "or give another --workdir"
+                f"{workdir} holds a run with {name}={before.get(name)!r}, which cannot go on with {after.get(name)!r}; "
+                "keep the old value, or give another --workdir"
             )
+
+
+def _lasting_fields(experiment: Experiment) -> dict[str, Any]:
+    """What fixes the parameters' shapes and meaning and the place in the data, by name."""
+    fields = {"task": experiment.task}
+    for field in dataclasses.fields(experiment.model):
+        if field.name not in (*FREE_FIELDS, "layers", "mixers"):
+            fields[f"model.{field.name}"] = getattr(experiment.model, field.name)
+    for index, (name, options) in enumerate(experiment.model.layer_configs()):
+        fields[f"the mixer of layer {index}"] = name
+        kept = {k: v for k, v in dataclasses.asdict(options).items() if k not in FREE_FIELDS}
+        fields |= {f"{name}.{option} of layer {index}": value for option, value in kept.items()}
+    return fields | {f"data.{name}": getattr(experiment.data, name) for name in FIXED_DATA_FIELDS}
 
 
 def load_config(workdir: Path) -> Experiment:

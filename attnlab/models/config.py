@@ -32,7 +32,9 @@ class ModelConfig:
     norm_eps: float = 1e-6
     init_std: float = 0.02
     dtype: str = "float32"  # of activations; parameters, norms, gates, softmax and logits stay float32
-    remat: str = "none"  # recompute backward: "block", "parts" (mixer and MLP apart), "dots" (all but products)
+    remat: str = (
+        "none"  # recompute backward: "block", "parts" (mixer and MLP apart), "dots" (all but products)
+    )
     scan_layers: bool = True  # one compiled period of the pattern, scanned; False: layers laid out one by one
     mixers: dict[str, MixerConfig] = dataclasses.field(
         default_factory=lambda: {name: mixer.Config() for name, mixer in sorted(MIXERS.items())}

@@ -11,7 +11,6 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -183,14 +182,8 @@ def jit_generate(model: LanguageModel, sampling: Sampling) -> Callable[[Any, Arr
 
 def _append(model: LanguageModel, params: Any, tokens: Array, cache: Any) -> tuple[Array, Any]:
     """Append tokens [B, T] to the cache; logits [B, V] after the last one, and the new cache."""
-
-    def last_position(method, args, kwargs, context):
-        # The head at all P positions of a prompt would take P times the memory, and only its last row is needed.
-        return method(args[0][:, -1:]) if context.method_name == "logits" else method(*args, **kwargs)
-
-    with nn.intercept_methods(last_position):
-        logits, cache = model.apply({"params": params}, tokens, cache, method="decode")
-    return logits[:, -1], cache
+    logits, cache = model.apply({"params": params}, tokens, cache, last_only=True, method="decode")
+    return logits[:, 0], cache
 
 
 def _draw(

@@ -81,17 +81,21 @@ class LanguageModel(nn.Module):
         count = self.config.num_periods
         return jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (count, *leaf.shape)), one)
 
-    def decode(self, tokens: Array, cache):
-        """Append tokens [B, T] (T = 1: one step): logits [B, T, V] of the new positions, and the new cache."""
+    def decode(self, tokens: Array, cache, last_only: bool = False):
+        """Append tokens [B, T] (T = 1: one step): logits [B, T, V] of the new positions, and the new cache.
+
+        last_only gives [B, 1, V]: a long prompt's other logits would take T times the memory.
+        """
         x = self.embed(tokens)
         if self.config.scan_layers:
             x, cache = self.layers.decode(x, cache)
-            return self.logits(x), cache
-        new = []
-        for period, caches in zip(self.layers, cache, strict=True):
-            x, caches = period.decode(x, caches)
-            new.append(caches)
-        return self.logits(x), tuple(new)
+        else:
+            new = []
+            for period, caches in zip(self.layers, cache, strict=True):
+                x, caches = period.decode(x, caches)
+                new.append(caches)
+            cache = tuple(new)
+        return self.logits(x[:, -1:] if last_only else x), cache
 
 
 def forward_flops(config: ModelConfig, length: int, *, causal: bool = True) -> float:

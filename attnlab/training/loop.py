@@ -54,17 +54,19 @@ class Summary:
     def text(self, workdir: Path) -> str:
         """What to tell a person at the end of the run."""
         lines = [f"step {self.step}, {self.reason}; the run is in {workdir}"]
-        lines += [f"  {name} {value:.4f}" for name, value in self.metrics.items()]
+        for name, value in self.metrics.items():
+            if f"{name}_se" in self.metrics:
+                lines.append(f"  {name} {value:.4f} +- {self.metrics[f'{name}_se']:.4f}")
         return "\n".join(lines + [f"  {path}" for path in self.files])
 
 
-def train(config: TrainingConfig, task: Task, workdir: Path) -> Summary:
-    """Train `task` until config.steps, going on from the newest checkpoint in `workdir` if there is one.
+def train(config: TrainingConfig, task: Task, workdir: Path, devices=None) -> Summary:
+    """Train `task` until config.steps on `devices` (default: all), going on from the newest checkpoint in `workdir`.
 
     Every process of a multi-host job calls it alike. Raises CheckpointError, StateMismatchError, NonFiniteError,
     MetricsError, or ValueError for a mesh or batch that does not fit; what was saved before stays intact.
     """
-    mesh = make_mesh(config.mesh)
+    mesh = make_mesh(config.mesh, devices)
     with (
         jax.set_mesh(mesh),
         StopRequest() as stop,
@@ -80,8 +82,12 @@ def train(config: TrainingConfig, task: Task, workdir: Path) -> Summary:
 def restore_state(
     config: TrainingConfig, task: Task, workdir: Path, mesh: Mesh, step: int | None = None
 ) -> tuple[int, dict[str, Any]] | None:
-    """(step, {"state", "cursor", "clock"}) of the newest intact checkpoint or of `step`, laid out on `mesh`."""
+    """(step, {"state", "cursor", "clock"}) of the newest intact checkpoint or of `step`, laid out on `mesh`.
+
+    For reading, not for going on: the cursor comes whole to every device, so the mesh need not divide the batch.
+    """
     abstract = _abstract(config, task, mesh)
+    abstract["cursor"] = abstract["cursor"].update(sharding=NamedSharding(mesh, P()))
     with Checkpoints(workdir / CHECKPOINTS, config.checkpoint) as saved:
         return saved.restore_latest(abstract) if step is None else (step, saved.restore(step, abstract))
 

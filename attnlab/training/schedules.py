@@ -26,7 +26,7 @@ class ScheduleConfig:
             raise ValueError(f"schedule.peak={self.peak} must be positive")
         if not 0 <= self.warmup_steps < max(steps, 1):
             raise ValueError(
-                f"schedule.warmup_steps={self.warmup_steps} must be at least 0 and below train.steps={steps}; "
+                f"schedule.warmup_steps={self.warmup_steps} must be at least 0 and below training.steps={steps}; "
                 "shorten the warm-up or train longer"
             )
         if not 0 <= self.final_fraction <= 1 or not 0 < self.decay_fraction <= 1:

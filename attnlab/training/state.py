@@ -79,7 +79,7 @@ def train_step(
     rng = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
     grads, terms = summed_gradients(objective, state.params, batch, rng, parts)
     grads = jax.tree.map(lambda g: g / jnp.maximum(terms.weight, 1e-9).astype(g.dtype), grads)
-    grad_norm = optax.global_norm(grads)
+    grad_norm = optax.tree.norm(grads)
     finite = jnp.isfinite(grad_norm) & jnp.isfinite(terms.loss_sum)
     learning_rate = schedule(state.step)
     directions, opt_state = optimizer.update(grads, state.opt_state, state.params)

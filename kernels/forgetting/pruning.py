@@ -23,6 +23,7 @@ def acp_delta(
     "auto" takes U = max_t |q_t| max_t |k_t| scale per batch row and head; a number or array broadcastable to [B, H] is
     used as it is. Raises ValueError for another string, a tolerance above 0, or a shape that does not broadcast.
     """
+    q, k = jnp.asarray(q), jnp.asarray(k)
     B, _, H, _ = q.shape
     if isinstance(requested, str):
         if requested != "auto":

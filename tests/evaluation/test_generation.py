@@ -46,6 +46,7 @@ def test_a_sample_ends_with_eos(context):
     tokenizer = copy.copy(small.TOKENIZER)
     tokenizer.eos_id = int(drawn[3])
     first = sample_texts(dataclasses.replace(context, tokenizer=tokenizer), ["ab"] * 3, config)[0]
+    assert (drawn < small.TOKENIZER.vocab_size).all(), "the model has more ids than the tokeniser"
     assert first.finished and first.tokens == 1 + drawn.tolist().index(tokenizer.eos_id)
 
 

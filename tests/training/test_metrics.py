@@ -249,7 +249,9 @@ def test_plot_shows_both_losses_against_steps_and_tokens(tmp_path, monkeypatch):
     from matplotlib.axes import Axes
 
     plot = Axes.plot
-    monkeypatch.setattr(Axes, "plot", lambda self, *a, **k: (drawn.append((self, a, k)), plot(self, *a, **k))[1])
+    monkeypatch.setattr(
+        Axes, "plot", lambda self, *a, **k: (drawn.append((self, a, k)), plot(self, *a, **k))[1]
+    )
     run(tmp_path, range(1, 7))
     path = plot_loss(tmp_path)
     assert path == tmp_path / "loss.png" and image.imread(path).shape[1] > image.imread(path).shape[0]

@@ -69,13 +69,25 @@ def test_launchers_are_recognised(environ, options, source):
 @pytest.mark.parametrize(
     ("explicit", "environ", "sentence"),
     [
-        (("h:1", None, None), {}, "but num_processes, process_id is missing: give all three arguments or none"),
+        (
+            ("h:1", None, None),
+            {},
+            "but num_processes, process_id is missing: give all three arguments or none",
+        ),
         ((None, None, 0), VARIABLES, "but coordinator, num_processes is missing"),
-        ((None, None, None), {"JAX_PROCESS_ID": "0"}, "JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES is missing: set"),
+        (
+            (None, None, None),
+            {"JAX_PROCESS_ID": "0"},
+            "JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES is missing: set",
+        ),
         ((None, None, None), {**VARIABLES, "JAX_NUM_PROCESSES": "two"}, "JAX_NUM_PROCESSES='two'"),
         (("host", 2, 0), {}, "coordinator='host' must be written host:port"),
         (("h:1", 2, 2), {}, "process_id=2 must be at least 0 and below num_processes=2"),
-        ((None, None, None), SLURM, "SLURM_STEP_NODELIST, SLURM_PROCID, SLURM_LOCALID is not .*start .* with srun"),
+        (
+            (None, None, None),
+            SLURM,
+            "SLURM_STEP_NODELIST, SLURM_PROCID, SLURM_LOCALID is not .*start .* with srun",
+        ),
         ((None, None, None), {"OMPI_COMM_WORLD_SIZE": "2"}, "Open MPI started 2 ranks but does not say"),
     ],
 )
@@ -200,6 +212,8 @@ def test_two_processes_sum_agree_save_and_restore(tmp_path):
     mesh = Mesh(np.array(jax.devices()).reshape(8), ("fsdp",))
     cut = NamedSharding(mesh, P("fsdp"))
     with Checkpoints(tmp_path) as checkpoints:
-        step, state = checkpoints.restore_latest({"w": jax.ShapeDtypeStruct((8, 3), jnp.float32, sharding=cut)})
+        step, state = checkpoints.restore_latest(
+            {"w": jax.ShapeDtypeStruct((8, 3), jnp.float32, sharding=cut)}
+        )
     assert step == 3
     np.testing.assert_array_equal(state["w"], 30 * np.arange(24, dtype=np.float32).reshape(8, 3))

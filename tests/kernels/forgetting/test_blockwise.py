@@ -85,7 +85,9 @@ def test_local_sums_are_precise_where_a_global_sum_is_not():
     single = [x.astype(np.float32) for x in (q, k, v, log_f)]
 
     def run(arrays, mode):
-        return jax.jit(lambda *a: forgetting_attention(*a, decay_mode=mode, implementation="blockwise"))(*arrays)
+        return jax.jit(lambda *a: forgetting_attention(*a, decay_mode=mode, implementation="blockwise"))(
+            *arrays
+        )
 
     with jax.enable_x64(True):
         exact = np.asarray(run([x.astype(np.float64) for x in single], "local"))

@@ -137,6 +137,7 @@ def test_block_sizes():
     assert BlockSizes.choose(1, 5000) == BlockSizes(1, 5000)
     assert BlockSizes.choose(111, 111) == BlockSizes(111, 111)
     assert BlockSizes.choose(600, 600) == BlockSizes(120, 120)
+    assert BlockSizes.choose(4096, 5000) == BlockSizes(512, 256)
     with pytest.raises(ValueError, match="q=0, k=8 must be positive"):
         BlockSizes(0, 8)
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, Mesh
 
-from tests.kernels.forgetting.contract import Case, assert_near, packed, value_and_gradients
+from tests.kernels.forgetting.contract import Case, assert_near, operands, packed, value_and_gradients
 
 AXES = ("data", "fsdp", "sequence", "tensor")
 
@@ -17,19 +17,20 @@ def packed_case(B, H, K):
                 options={"acp_threshold": -6.0})  # fmt: skip
 
 
-@pytest.mark.parametrize("explicit", [False, True])
 @pytest.mark.parametrize(
-    ("shape", "K"), [((8, 1, 1, 1), 2), ((1, 4, 1, 2), 2), ((2, 2, 1, 2), 1), ((1, 2, 2, 2), 4)]
+    ("shape", "K", "kind"),
+    [
+        ((8, 1, 1, 1), 2, AxisType.Auto),
+        ((1, 4, 1, 2), 2, AxisType.Auto),
+        ((2, 2, 1, 2), 1, AxisType.Auto),
+        ((1, 2, 2, 2), 4, AxisType.Auto),
+        ((2, 2, 1, 2), 1, AxisType.Explicit),
+    ],
 )
-def test_equals_one_device(shape, K, explicit):
-    if explicit and shape != (2, 2, 1, 2):
-        pytest.skip("explicit axes need one shape only")
-    from tests.kernels.forgetting.contract import operands
-
+def test_equals_one_device(shape, K, kind):
     case = packed_case(8, 4, K)
     arrays, cotangents = operands(case, np.float32)
     expected = value_and_gradients(case, "reference", arrays, cotangents)
-    kind = AxisType.Explicit if explicit else AxisType.Auto
     mesh = Mesh(np.array(jax.devices()).reshape(shape), AXES, axis_types=(kind,) * 4)
     with jax.set_mesh(mesh):
         actual = value_and_gradients(case, "blockwise", [jnp.asarray(x) for x in arrays], cotangents)
