@@ -8,7 +8,7 @@ from pathlib import Path
 import jax
 from absl import app, flags
 
-from attnlab.cli import config_flag, default_workdir, fail_in_one_sentence, parse_flags
+from attnlab.cli import check_workdir, config_flag, default_workdir, fail_in_one_sentence, parse_flags
 from attnlab.config import from_config_dict
 from attnlab.experiment import open_task, prepare
 from attnlab.training import multihost
@@ -29,7 +29,7 @@ def main(_) -> None:
     )
     experiment = from_config_dict(CONFIG.value)
     experiment.validate(jax.device_count())
-    workdir = Path(WORKDIR.value or default_workdir("config"))
+    workdir = check_workdir(Path(WORKDIR.value or default_workdir("config")))
     task = open_task(experiment)
     prepare(task, workdir)
     summary = train(experiment.training, task, workdir)

@@ -6,8 +6,11 @@ line. Nothing is declared twice: the editable ConfigDict is derived from the dat
 
 import dataclasses
 import difflib
+import json
 import types
 import typing
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import ml_collections
@@ -89,6 +92,8 @@ def from_config_dict(values: Any, default: Any = None, where: str = "config") ->
     Fields that are missing keep the default; ConfigError names an unknown field's nearest neighbour, or a wrong type.
     """
     default = Experiment() if default is None else default
+    if not isinstance(values, (Mapping, ml_collections.ConfigDict)):
+        raise ConfigError(f"{where}={values!r} is a {type(values).__name__}; it must hold fields")
     if isinstance(default, dict):
         merged = {}
         for name, value in values.items():
@@ -113,6 +118,26 @@ def from_config_dict(values: Any, default: Any = None, where: str = "config") ->
 def to_dict(experiment: Any) -> dict:
     """Plain nested dicts, for JSON."""
     return dataclasses.asdict(experiment)
+
+
+def read_experiment(path: Path) -> Experiment:
+    """The experiment whose `to_dict` was written to `path` as JSON; ConfigError naming the file if it is not one."""
+    try:
+        return from_config_dict(json.loads(path.read_text()))
+    except ValueError as error:  # not text, not JSON, or not an experiment
+        sentence = f"{path} does not hold an experiment ({error}); restore it or choose another folder"
+        raise ConfigError(sentence) from error
+
+
+def check_field(path: str) -> None:
+    """ConfigError with the nearest name if an experiment has no field called `path`, such as "training.steps"."""
+    part, where = Experiment(), "config"
+    for name in path.split("."):
+        known = part if isinstance(part, dict) else getattr(part, "__dataclass_fields__", ())
+        if name not in known:
+            raise ConfigError(f"{where} has no field {name!r}{_nearest(name, known)}")
+        part = part[name] if isinstance(part, dict) else getattr(part, name)
+        where = f"{where}.{name}"
 
 
 def _nearest(name: str, known) -> str:
@@ -143,7 +168,14 @@ def _typed(value: Any, hint: Any, where: str) -> Any:
 
 
 SMOKE = {
-    "model": {"hidden_size": 32, "num_heads": 2, "num_kv_heads": 0, "head_dim": 16, "mlp_size": 64},
+    "model": {
+        "vocab_size": 0,
+        "hidden_size": 32,
+        "num_heads": 2,
+        "num_kv_heads": 0,
+        "head_dim": 16,
+        "mlp_size": 64,
+    },
     "data": {"sequence_length": 64, "batch_size": 8},
     "training": {
         "steps": 12,

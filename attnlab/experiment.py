@@ -14,13 +14,13 @@ import jax
 import numpy as np
 
 from attnlab import evaluation
-from attnlab.config import ConfigError, Experiment, from_config_dict, to_dict
+from attnlab.config import ConfigError, Experiment, read_experiment, to_dict
 from attnlab.data.loader import make_loader
 from attnlab.data.sources import open_source
 from attnlab.data.tokenizers import Tokenizer, open_tokenizer
 from attnlab.objectives.language_modelling import LanguageModelling
 from attnlab.training import multihost
-from attnlab.training.files import CONFIG, write_atomically
+from attnlab.training.files import CHECKPOINTS, CONFIG, write_atomically
 from attnlab.training.loop import restore_state
 
 SAMPLE_CHARACTERS = 800  # of the generated text, shown at the end of a run
@@ -80,7 +80,9 @@ def prepare(task: LanguageModellingTask, workdir: Path) -> None:
     ConfigError if the folder holds a run which this experiment cannot go on with; nothing in it is touched then.
     """
     if (workdir / CONFIG).exists():
-        check_continues(load_config(workdir), task.experiment, workdir)
+        old = load_config(workdir)  # refused, not overwritten, where it is not a run's
+        if any((workdir / CHECKPOINTS).glob("*")):
+            check_continues(old, task.experiment, workdir)
     data = task.experiment.data
     for split in (data.split, data.eval_split):
         open_source(
@@ -136,7 +138,7 @@ def load_config(workdir: Path) -> Experiment:
         raise ConfigError(
             f"{workdir} has no {CONFIG}, so it is not the folder of a run; give --workdir of one"
         )
-    return from_config_dict(json.loads(path.read_text()))
+    return read_experiment(path)
 
 
 def restore_params(

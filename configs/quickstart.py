@@ -3,30 +3,25 @@
 make train        (python train.py --config=configs/quickstart.py)
 """
 
+from attnlab.attention.forgetting import PRO
 from attnlab.config import default_config, with_variant
 
 
 def get_config(variant: str = ""):
     config = default_config()
     config.model.layers = "forgetting"
-    config.model.num_layers = 4
-    config.model.hidden_size = 192
-    config.model.num_heads = 6
-    config.model.mlp_size = 512
-    config.model.mixers.forgetting.update(
-        {
-            "qk_norm": True,
-            "key_shift": True,
-            "value_shift": True,
-            "output_norm": True,
-            "output_gate": "sigmoid",
-        }
-    )
-    config.data.sequence_length = 256
-    config.data.batch_size = 16
-    config.training.steps = 600
-    config.training.eval_every = 200
-    config.training.checkpoint.every = 200
-    config.training.optimizer.schedule.peak = 3e-3
-    config.training.optimizer.schedule.warmup_steps = 60
+    config.model.num_layers = 3
+    config.model.hidden_size = 160
+    config.model.num_heads = 4
+    config.model.mlp_size = 448
+    config.model.mixers.forgetting.update(PRO)
+    config.data.sequence_length = 128
+    config.data.batch_size = 8
+    config.training.steps = 1600
+    config.training.eval_every = 800
+    config.training.checkpoint.every = 400
+    config.training.optimizer.schedule.peak = 4e-3
+    config.training.optimizer.schedule.warmup_steps = 100
+    config.eval.batches = 0  # all of the held-out files
+    config.eval.batch_size = 32
     return with_variant(config, variant)

@@ -2,11 +2,13 @@
 
 A document is cut at its own multiples of T targets, and every piece is scored on its own, several short ones sharing a
 row. So what a target is predicted from depends on its document and T alone, never on the batch size or the mesh (the
-training loader cuts documents wherever a row is full).
+training loader cuts documents wherever a row is full). Rows are filled one after another, so long documents spread over
+a batch; every process tokenises all that is read, and keeps the rows of its devices.
 
 Letters: B rows of the global batch that hold text, T tokens per row, n targets of a piece.
 """
 
+import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
@@ -69,15 +71,11 @@ def held_out_batches(
     rows = process_rows(sharding, (global_rows, length))
     documents = open_documents(context)
     order = np.random.default_rng(ORDER_SEED).permutation(len(documents))
-    streams = [
-        pack(pieces_of_row(documents, order, row, batch_size, length, cut), length)
-        if row < batch_size
-        else iter(())
-        for row in rows
-    ]
+    packed = pack(pieces(documents, order, length, cut), length)
     while True:
-        filled = [next(stream, None) or blank(length) for stream in streams]
-        local = {name: np.stack([row[name] for row in filled]) for name in FIELDS}
+        filled = list(itertools.islice(packed, batch_size))
+        needed = [filled[row] if row < len(filled) else blank(length) for row in rows]
+        local = {name: np.stack([row[name] for row in needed]) for name in FIELDS}
         yield to_global(local, rows, sharding, global_rows)
 
 
@@ -98,12 +96,12 @@ def padded_rows(batch_size: int, mesh: Mesh) -> int:
     return parts * -(-batch_size // parts)
 
 
-def pieces_of_row(
-    documents: EncodedDocuments, order: Sequence[int], row: int, rows: int, length: int, cut: Cut
+def pieces(
+    documents: EncodedDocuments, order: Sequence[int], length: int, cut: Cut
 ) -> Iterator[tuple[int, Piece]]:
-    """(number of the document, piece) of the documents that global row `row` of `rows` reads: every rows-th one."""
-    for number in range(row, len(order), rows):
-        for piece in cut(documents[int(order[number])], length):
+    """(number of the document, piece) of all documents in order."""
+    for number, index in enumerate(order):
+        for piece in cut(documents[int(index)], length):
             yield number, piece
 
 

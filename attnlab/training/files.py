@@ -5,6 +5,7 @@ from pathlib import Path
 
 CONFIG = "config.json"
 CHECKPOINTS = "checkpoints"
+LOSS_PLOT = "loss.png"  # written last
 
 
 def write_atomically(path: Path, text: str) -> None:

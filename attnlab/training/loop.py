@@ -23,7 +23,7 @@ from attnlab.data.hosts import local_rows, process_rows, to_global
 from attnlab.training import multihost
 from attnlab.training.checkpoints import Checkpoints
 from attnlab.training.config import TrainingConfig
-from attnlab.training.files import CHECKPOINTS
+from attnlab.training.files import CHECKPOINTS, LOSS_PLOT
 from attnlab.training.metrics import MetricsWriter
 from attnlab.training.optimizer import make_optimizer
 from attnlab.training.plots import plot_loss
@@ -73,7 +73,8 @@ def train(config: TrainingConfig, task: Task, workdir: Path, devices=None) -> Su
         Checkpoints(workdir / CHECKPOINTS, config.checkpoint) as saved,
     ):
         run = _Run(config, task, workdir, mesh, saved)
-        if run.step >= config.steps:
+        finished = multihost.broadcast((workdir / LOSS_PLOT).exists())  # or killed after its last checkpoint
+        if run.step >= config.steps and finished:
             return Summary(run.step, "already complete", {}, [])
         with MetricsWriter(workdir, wandb=config.wandb or None, resume_step=run.step or None) as run.writer:
             return run.loop(stop)
@@ -241,6 +242,7 @@ class _Run:
         if not self.skipped:
             return
         if self.config.nonfinite == "stop" or self.skipped > self.config.max_skipped:
+            self.saved.wait()  # so that the message can say what is on disk
             raise NonFiniteError(
                 f"step {step} has loss {scalars['loss']} and gradient norm {scalars['grad_norm']}, {self.skipped} "
                 f"such step(s) in a row; the parameters were not updated and checkpoints up to step "
@@ -256,6 +258,7 @@ class _Run:
             self.measured = {f"validation/{name}": value for name, value in values.items()}
             self.measured_at = self.step
             self.writer.write(self.step, self.measured | {"validation/tokens": float(self.clock.tokens)})
+        self.writer.flush()  # a checkpoint must not be there before the metrics up to its step are
         metrics = self.measured if self.measured_at == self.step else None
         self.saved.save(self.step, self._checkpoint(), metrics=metrics, force=last)
 

@@ -10,6 +10,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from attnlab.training import sinks
+from attnlab.training.files import LOSS_PLOT
 
 LOSSES = ("train/loss", "validation/loss")
 TOKENS = ("train/tokens", "validation/tokens")  # tokens seen so far
@@ -30,7 +31,7 @@ def plot_loss(workdir: str | os.PathLike) -> pathlib.Path:
     panels = figure.subplots(1, len(axes_values), squeeze=False)[0]
     for panel, (label, values) in zip(panels, axes_values.items(), strict=True):
         _draw(panel, label, values, records)
-    path = workdir / "loss.png"
+    path = workdir / LOSS_PLOT
     FigureCanvasAgg(figure).print_png(path)  # this canvas, so that the user's plotting state is not touched
     return path
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from attnlab.data.packing import EncodedDocuments
-from attnlab.evaluation.batches import beginning, held_out_batches, pack, pieces_of_row, whole
+from attnlab.evaluation.batches import beginning, held_out_batches, pack, pieces, whole
 from tests.evaluation import small
 
 DOCUMENTS = EncodedDocuments([b"abcd", b"e", b"", b"fghijkl"], small.TOKENIZER)
@@ -25,8 +25,7 @@ def test_pieces():
 
 @pytest.mark.smoke
 def test_rows_hold_whole_pieces():
-    pieces = pieces_of_row(DOCUMENTS, [0, 1, 2, 3], row=0, rows=1, length=4, cut=whole)
-    rows = list(pack(pieces, 4))
+    rows = list(pack(pieces(DOCUMENTS, [0, 1, 2, 3], 4, whole), 4))
     assert [row["tokens"].tolist() for row in rows] == [
         [BOS, a, b, c],
         [d, BOS, e, BOS],
@@ -52,16 +51,15 @@ def test_rows_hold_whole_pieces():
 
 
 def test_a_piece_that_does_not_fit_begins_a_row():
-    rows = list(pack(pieces_of_row(DOCUMENTS, [1, 0], row=0, rows=1, length=5, cut=whole), 5))
+    rows = list(pack(pieces(DOCUMENTS, [1, 0], 5, whole), 5))
     assert [row["weights"].tolist() for row in rows] == [[1, 1, 0, 0, 0], [1, 1, 1, 1, 1]]
     assert rows[0]["segments"].tolist() == [1, 1, 0, 0, 0]
 
 
-def test_rows_share_out_the_documents():
-    read = [
-        [number for number, _ in pieces_of_row(DOCUMENTS, [3, 1, 0, 2], r, 3, 100, whole)] for r in range(3)
-    ]
-    assert read == [[0, 3], [1], [2]]
+def test_a_long_document_fills_the_rows_of_a_batch():
+    """17 targets in rows of 4: two batches of 3 rows, not five batches with one row each."""
+    batches = itertools.islice(held_out_batches(small.context([b"x" * 16]), 3, 4, whole), 3)
+    assert [np.asarray(batch["weights"]).sum() for batch in batches] == [12, 5, 0]
 
 
 def test_every_target_is_in_one_batch_and_padding_follows():

@@ -51,7 +51,7 @@ def test_numbers_are_those_of_a_loop_over_documents():
         "targets": tokens.sum(),
         "bytes": size.sum(),
         "documents": n,
-        "batches": 4,
+        "batches": 3,  # full rows, whichever documents are long
     }
     for name, value in expected.items():
         np.testing.assert_allclose(result.scalars[name], value, rtol=1e-5, err_msg=name)
