@@ -147,9 +147,9 @@ class _Run:
 
     def loop(self, stop: StopRequest) -> Summary:
         steps, batches = self.config.steps, self._batches()
+        compiled = self._compile(first := next(batches))
         progress = Progress(steps, start=self.step)
         progress.note(describe(self.abstract["state"].params, self.mesh))
-        compiled = self._compile(first := next(batches))
         pending: tuple[int, dict] | None = None
         self.clock.start()
         while self.step < steps:
