@@ -35,7 +35,7 @@ def get_config(variant=""):
     config.training.update(steps=24, log_every=1, eval_every=8)
     config.training.optimizer.schedule.update(peak=1e-2, warmup_steps=2, shape="constant")
     config.training.checkpoint.every = 2
-    config.eval.update(batches=1, sample_tokens=3, samples=1)
+    config.eval.update(batches=0, sample_tokens=3, samples=1)
     return with_variant(config, variant)
 """
 
