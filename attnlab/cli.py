@@ -110,12 +110,17 @@ def quit_with(program: str, error: BaseException, code: int) -> None:
 
 @contextlib.contextmanager
 def fail_in_one_sentence(program: str) -> Iterator[None]:
-    """Turn the expected errors of a run into one sentence and a non-zero exit: 2 for bad input, 1 for the rest."""
+    """Turn the expected errors of a run into one sentence and a non-zero exit: 2 for bad input, 1 for the rest.
+
+    With --verbosity=0 or more they keep their trace, for whoever has to find where one comes from.
+    """
     sys.unraisablehook = _print_unraisable
     try:
         yield
     except EXPECTED_ERRORS as error:
         if type(error).__module__.startswith("jax"):  # errors of the compiler or the runtime need their trace
+            raise
+        if flags.FLAGS.is_parsed() and flags.FLAGS.verbosity >= 0:
             raise
         quit_with(program, error, USAGE_ERROR if isinstance(error, ValueError) else RUN_ERROR)
 

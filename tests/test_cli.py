@@ -1,6 +1,7 @@
 """What the programs share: errors in one sentence with an exit code, the flags' defaults, the run's folder."""
 
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -152,6 +153,11 @@ class TestEnd:
     def test_bugs_keep_their_trace(self, error):
         with pytest.raises(type(error)), cli.fail_in_one_sentence("program.py"):
             raise error
+
+    def test_a_verbose_run_keeps_the_trace(self, monkeypatch):
+        monkeypatch.setattr(cli.flags, "FLAGS", types.SimpleNamespace(is_parsed=lambda: True, verbosity=0))
+        with pytest.raises(ValueError, match="wrong"), cli.fail_in_one_sentence("program.py"):
+            raise ValueError("wrong")
 
     def test_a_good_end_is_silent(self, capsys):
         with cli.fail_in_one_sentence("program.py"):
