@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 
 from attnlab.attention.mixer import MIXERS, LayerSpec, MixerConfig, find_mixer, parse_pattern, shortest_period
@@ -94,6 +95,10 @@ class ModelConfig:
                 raise ValueError(f"model.{name}={getattr(self, name)} must be at least 1")
         if self.dtype not in DTYPES:
             raise ValueError(f"model.dtype={self.dtype!r} is unknown; choose one of {', '.join(DTYPES)}")
+        if self.dtype == "float64" and not jax.config.jax_enable_x64:
+            raise ValueError(
+                "model.dtype='float64' needs JAX's 64-bit mode; set JAX_ENABLE_X64=1, or use float32"
+            )
         if self.remat not in REMAT:
             raise ValueError(f"model.remat={self.remat!r} is unknown; choose one of {', '.join(REMAT)}")
         if self.logit_soft_cap < 0:

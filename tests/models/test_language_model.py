@@ -124,6 +124,7 @@ def test_bad_patterns_are_refused(pattern, message):
         ({"layers": "softmax(windw=3)"}, "has no option 'windw'"),
         ({"layers": "softmax(window='x')"}, "wrong type"),
         ({"dtype": "float16"}, "model.dtype='float16' is unknown"),
+        ({"dtype": "float64"}, "needs JAX's 64-bit mode"),
         ({"remat": "all"}, "model.remat='all' is unknown"),
         ({"hidden_size": 0}, "model.hidden_size=0"),
         ({"head_dim": 0, "num_heads": 4}, "hidden_size=22 is not a multiple of num_heads=4"),

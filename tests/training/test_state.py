@@ -78,8 +78,14 @@ def test_update_is_minus_rate_times_direction_and_counts():
     assert int(new.step) == 1 and float(scalars["learning_rate"]) == pytest.approx(0.1)
     moved = np.asarray(state.params["a"]["kernel"] - new.params["a"]["kernel"])
     np.testing.assert_allclose(np.abs(moved), 0.1, rtol=1e-4)  # Adam's first direction has size 1
-    loss, _ = OBJECTIVE(state.params, BATCH, jax.random.key(0)).loss_sum, None
-    np.testing.assert_allclose(scalars["loss"], loss / BATCH["w"].sum(), rtol=1e-5)
+    total = BATCH["w"].sum()
+    loss = OBJECTIVE(state.params, BATCH, jax.random.key(0)).loss_sum
+    np.testing.assert_allclose(scalars["loss"], loss / total, rtol=1e-5)
+    grads, _ = summed_gradients(OBJECTIVE, state.params, BATCH, jax.random.key(0), 1)
+    norm = np.sqrt(sum(np.sum(np.square(leaf)) for leaf in jax.tree.leaves(grads)))
+    np.testing.assert_allclose(
+        scalars["grad_norm"], norm / total, rtol=1e-5
+    )  # of the mean loss: clipping sees this
 
 
 def test_each_step_has_a_key_of_its_own_and_a_run_repeats():
