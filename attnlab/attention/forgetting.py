@@ -59,7 +59,9 @@ class ForgettingConfig(MixerConfig):
     decay_mode: str = (
         "local"  # how decay sums are formed: "local" is exact at any length, "global" as published
     )
-    pruning: bool = False  # adaptive computation pruning with the safe automatic threshold
+    pruning: bool = (
+        False  # adaptive computation pruning with the safe automatic threshold; not in single steps
+    )
     log_pruning_tolerance: float = -10.0  # ln of the attention mass that pruning may drop
 
     def validate(self) -> None:
@@ -225,7 +227,7 @@ class ForgettingAttention(Mixer):
             acp_threshold=None if one_row else self.pruning_threshold(mask, k.shape[1]),
             log_pruning_tolerance=c.log_pruning_tolerance,
             decay_mode=c.decay_mode,
-            implementation="reference" if one_row else c.implementation or None,
+            implementation=c.implementation or ("reference" if one_row else None),
         )
 
     def pruning_threshold(self, mask: Mask, keys: int) -> Array | str | None:

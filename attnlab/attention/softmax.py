@@ -94,7 +94,7 @@ class SoftmaxAttention(Mixer):
         c = self.config
         q, k, v = self.heads(x, kv_cache.new_positions(cache, x.shape[1]))
         (k, v, _, mask), cache = kv_cache.extend(cache, k, v, None, c.window or None)
-        name = "reference" if x.shape[1] == 1 else c.implementation or None  # one row: dense is linear in S
+        name = c.implementation or ("reference" if x.shape[1] == 1 else None)  # one row: dense is linear in S
         o = softmax_attention(q, k, v, mask=mask, implementation=name)
         return kv_cache.poison_overflow(self.out(merge_heads(o)), cache), cache
 

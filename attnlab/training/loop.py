@@ -8,6 +8,7 @@ Letters: B rows of the global batch.
 """
 
 import functools
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,8 +56,9 @@ class Summary:
         """What to tell a person at the end of the run."""
         lines = [f"step {self.step}, {self.reason}; the run is in {workdir}"]
         for name, value in self.metrics.items():
-            if f"{name}_se" in self.metrics:
-                lines.append(f"  {name} {value:.4f} +- {self.metrics[f'{name}_se']:.4f}")
+            error = self.metrics.get(f"{name}_se")
+            if error is not None:  # NaN where a single document was read
+                lines.append(f"  {name} {value:.4f}" + (f" +- {error:.4f}" if math.isfinite(error) else ""))
         return "\n".join(lines + [f"  {path}" for path in self.files])
 
 

@@ -3,6 +3,7 @@
 Letters: B batch, T length, C channels. Sizes are primes or near them, so that swapped axes cannot pass.
 """
 
+import dataclasses
 import functools
 
 import jax
@@ -24,7 +25,10 @@ def build(name: str, dtype=jnp.float32, channels: int = C, **options):
     config = cls.Config(**defaults).resolve(2, 0, 10, channels)
     module = cls(config=config, hidden_size=channels, init_std=0.3, dtype=dtype)
     x, positions = jnp.zeros((1, 2, channels), dtype), jnp.zeros((1, 2), jnp.int32)
-    return module, jax.jit(module.init)(jax.random.key(1), x, positions=positions)
+    twin = module.clone(
+        config=dataclasses.replace(config, implementation="")
+    )  # same parameters, whatever the kernel
+    return module, jax.jit(twin.init)(jax.random.key(1), x, positions=positions)
 
 
 def inputs(length: int = T, batch: int = B, seed: int = 0) -> jax.Array:
@@ -138,6 +142,18 @@ class MixerContract:
             decode(module, params, inputs(length=9), (9,), length=7)
         got, _ = decode(module, params, inputs(length=2), (1, 1), length=1)
         assert np.all(np.isfinite(got[:, 0])) and np.all(np.isnan(got[:, 1]))
+
+    def test_a_named_implementation_is_taken_or_refused_in_every_form(self, options):
+        module, params = build(self.name, implementation="abacus", **options)
+        calls = {
+            "parallel": lambda: apply(module, params, inputs()),
+            "prefill": lambda: decode(module, params, inputs(), (T,)),
+            "step": lambda: decode(module, params, inputs(length=1), (1,)),
+        }
+        for form, call in calls.items():
+            with pytest.raises(ValueError, match="implementation='abacus' does not exist"):
+                call()
+                pytest.fail(f"{form} ignores it")
 
     def test_bfloat16_stays_close(self, options):
         wide, params = build(self.name, **options)
