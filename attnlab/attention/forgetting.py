@@ -27,7 +27,7 @@ from attnlab.attention import kv_cache
 from attnlab.attention.heads import head_norm, merge_heads, split_heads
 from attnlab.attention.mixer import Mixer, MixerConfig, register
 from attnlab.attention.rotary import rotate
-from kernels.forgetting import forgetting_attention
+from kernels.forgetting import IMPLEMENTATIONS, forgetting_attention
 from kernels.masks import Mask
 
 Array = jax.Array
@@ -139,6 +139,9 @@ class ForgettingAttention(Mixer):
     """The FoX attention layer with all its options; the cache holds S (or `window`) keys, values and gates."""
 
     Config: ClassVar[type[MixerConfig]] = ForgettingConfig
+    paper: ClassVar[str] = "Forgetting Transformer, arXiv 2503.02130"
+    masks: ClassVar[tuple[str, ...]] = (*Mixer.masks, "window")
+    implementations: ClassVar[tuple] = IMPLEMENTATIONS
 
     def setup(self):
         c = self.config
@@ -294,6 +297,14 @@ class ForgettingAttention(Mixer):
         width += c.num_heads * (c.gate == "full") + c.num_kv_heads * (c.key_shift + c.value_shift)
         seen = min(visible, c.window) if c.window else visible
         return 2 * hidden_size * width + 2 * 2 * c.num_heads * c.head_dim * seen
+
+    @staticmethod
+    def state_size(config: Any, length: int) -> int:
+        c = config
+        kept = kv_cache.slots(length, c.window or None)
+        gates = 0 if c.gate == "none" else c.num_heads
+        tails = (c.key_shift + c.value_shift) * c.num_kv_heads * c.head_dim
+        return kept * (2 * c.num_kv_heads * c.head_dim + gates) + tails
 
 
 def has_previous_token(length: int, segments: Array | None, starts: Array | None) -> Array:

@@ -37,17 +37,21 @@ def init_cache(
     """An empty cache for `length` positions (or the last `window` of them); gate_heads > 0 adds log gates."""
     if length < 1:
         raise ValueError(f"a cache needs room for at least one position, got length={length}")
-    rolling = window is not None and window < length
-    slots = window if rolling else length
+    rolling, count = window is not None and window < length, slots(length, window)
     wide = jnp.promote_types(jnp.float32, dtype)
     return KVCache(
-        key=jnp.zeros((batch, slots, kv_heads, head_dim), dtype),
-        value=jnp.zeros((batch, slots, kv_heads, head_dim), dtype),
-        log_f=jnp.zeros((batch, slots, gate_heads), wide) if gate_heads else None,
+        key=jnp.zeros((batch, count, kv_heads, head_dim), dtype),
+        value=jnp.zeros((batch, count, kv_heads, head_dim), dtype),
+        log_f=jnp.zeros((batch, count, gate_heads), wide) if gate_heads else None,
         starts=jnp.zeros(batch, jnp.int32) if starts is None else jnp.asarray(starts, jnp.int32),
         length=jnp.zeros((), jnp.int32),
         rolling=rolling,
     )
+
+
+def slots(length: int, window: int | None) -> int:
+    """How many positions a cache for `length` positions keeps."""
+    return length if window is None else min(window, length)
 
 
 def new_positions(cache: KVCache, count: int) -> Array:

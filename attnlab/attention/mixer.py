@@ -6,7 +6,7 @@ A mixer is a Flax module (B, T, C) -> (B, T, C) with
 - the parallel form `mixer(x, positions=, segments=, starts=)`, used for training,
 - decoding: `init_cache`, `prefill` (any number of tokens, also into a filled cache) and `step` (one token),
   with caches that are plain pytrees of static shape,
-- `forward_flops`, the cost formula behind the reported utilisation.
+- `forward_flops` and `state_size`, the cost formulas behind the reported utilisation and the table of mechanisms.
 `prefill` and `step` after each other give the same numbers as the parallel form; the tests hold every mixer to it.
 """
 
@@ -18,6 +18,8 @@ from typing import Any, ClassVar
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+
+from kernels.dispatch import Implementation
 
 Array = jax.Array
 
@@ -64,6 +66,12 @@ class Mixer(nn.Module):
     param_dtype: jnp.dtype = jnp.float32
 
     Config: ClassVar[type[MixerConfig]] = MixerConfig
+    paper: ClassVar[str] = ""  # short name and arXiv number
+    masks: ClassVar[tuple[str, ...]] = ("causal", "segments", "left padding", "grouped heads")
+    implementations: ClassVar[tuple[Implementation, ...]] = ()  # of the kernel it runs on
+    source: ClassVar[str] = (
+        ""  # the stream queries and keys come from: "" x itself, or a name of models/streams.py
+    )
 
     def __call__(
         self, x: Array, *, positions: Array, segments: Array | None = None, starts: Array | None = None
@@ -88,6 +96,11 @@ class Mixer(nn.Module):
     @staticmethod
     def forward_flops(config: Any, hidden_size: int, visible: float) -> float:
         """Matrix-product FLOPs (a multiply-add counts two) a token, when a query sees `visible` keys on average."""
+        raise NotImplementedError
+
+    @staticmethod
+    def state_size(config: Any, length: int) -> int:
+        """Numbers the decode cache of one sequence holds for `length` positions, besides its counters."""
         raise NotImplementedError
 
     def dense(self, features: int, name: str, use_bias: bool = False) -> nn.Dense:
