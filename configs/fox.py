@@ -13,7 +13,7 @@ its data only. Not run at these sizes here: only the parameter counts and the sm
 """
 
 from attnlab.config import default_config, to_config_dict, with_variant
-from attnlab.models.presets import FOX_BLOCKS, fox_preset
+from attnlab.models.presets.fox import FOX_BLOCKS, fox_preset
 
 # size: (steps of 524,288 tokens, peak learning rate of each block)
 RUNS = {

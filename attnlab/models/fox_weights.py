@@ -1,7 +1,7 @@
 """Weights of the published Forgetting Transformers (zhixuan-lin/forgetting-transformer) under attnlab's names.
 
 A published linear weight is [out, in], so kernels are transposes. Norm weights of heads come as [H*D], head-major, or
-as one [D] shared by all heads. The SiLU half of `mlp.gate_proj` is its first I rows.
+as one [D] shared by all heads. The SiLU half of `mlp.gate_proj` is its first I rows. Weights are NumPy or JAX arrays.
 
 Letters: C channels, H heads, D head size, I MLP width, V vocabulary, L layers.
 """
@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from attnlab.attention.forgetting import ForgettingConfig
@@ -46,13 +47,13 @@ def attention_params(weights: Weights, config: ForgettingConfig) -> dict[str, An
     params: dict[str, Any] = {}
     for name, value in weights.items():
         if name in KERNELS:
-            _put(params, KERNELS[name], np.asarray(value).T)
+            _put(params, KERNELS[name], value.T)
         elif name in VECTORS:
             if not (name == "fgate_bias" and config.gate == "fixed"):
-                _put(params, VECTORS[name], np.asarray(value))
+                _put(params, VECTORS[name], value)
         elif name in HEAD_NORMS:
             shared = value.shape == (config.head_dim,)
-            _put(params, HEAD_NORMS[name], value if shared else np.reshape(value, (-1, config.head_dim)))
+            _put(params, HEAD_NORMS[name], value if shared else value.reshape(-1, config.head_dim))
         else:
             raise ValueError(f"{name!r} is not a weight of a published attention layer")
     return params
@@ -68,27 +69,33 @@ def model_params(weights: Weights, config: ModelConfig) -> dict[str, Any]:
         raise ValueError(f"published models have forgetting layers only, not {config.layers!r}")
     layers = [_block(_below(weights, f"model.layers.{i}."), options) for i in range(config.num_layers)]
     params = {
-        "embedding": np.asarray(weights["model.embeddings.weight"]),
-        "final_norm": {"scale": np.asarray(weights["model.norm.weight"])},
-        "head": np.asarray(weights["lm_head.weight"]).T,
+        "embedding": weights["model.embeddings.weight"],
+        "final_norm": {"scale": weights["model.norm.weight"]},
+        "head": weights["lm_head.weight"].T,
     }
     if config.scan_layers:
-        return params | {"layers": {"blocks_0": jax.tree.map(lambda *leaves: np.stack(leaves), *layers)}}
+        return params | {"layers": {"blocks_0": jax.tree.map(_stack, *layers)}}
     return params | {f"layers_{i}": {"blocks_0": layer} for i, layer in enumerate(layers)}
 
 
 def _block(weights: Weights, options: ForgettingConfig) -> dict[str, Any]:
-    gate, up = np.split(np.asarray(weights["mlp.gate_proj.weight"]).T, 2, axis=1)
+    both = weights["mlp.gate_proj.weight"].T
+    gate, up = both[:, : both.shape[1] // 2], both[:, both.shape[1] // 2 :]
     return {
-        "mixer_norm": {"scale": np.asarray(weights["attn_norm.weight"])},
+        "mixer_norm": {"scale": weights["attn_norm.weight"]},
         "mixer": attention_params(_below(weights, "attn."), options),
-        "mlp_norm": {"scale": np.asarray(weights["mlp_norm.weight"])},
+        "mlp_norm": {"scale": weights["mlp_norm.weight"]},
         "mlp": {
             "gate": {"kernel": gate},
             "up": {"kernel": up},
-            "down": {"kernel": np.asarray(weights["mlp.down_proj.weight"]).T},
+            "down": {"kernel": weights["mlp.down_proj.weight"].T},
         },
     }
+
+
+def _stack(*leaves):
+    """On the host for NumPy weights, so that a large import needs no device memory; traced ones stay JAX's."""
+    return (jnp if isinstance(leaves[0], jax.Array) else np).stack(leaves)
 
 
 def _below(weights: Weights, prefix: str) -> dict[str, np.ndarray]:

@@ -7,8 +7,6 @@ G = H / K, D head size of q and k, Dv head size of v; i a query row at position 
 
 import dataclasses
 
-import jax
-
 from kernels import dispatch
 from kernels.dispatch import Implementation
 from kernels.forgetting.arguments import Arguments, BlockSizes, canonicalize
@@ -16,6 +14,7 @@ from kernels.forgetting.blockwise import blockwise
 from kernels.forgetting.pruning import acp_delta, acp_end, acp_start, acp_visited_fraction
 from kernels.forgetting.reference import reference
 from kernels.masks import Mask
+from kernels.signatures import Array, Float, checked
 
 __all__ = [
     "BlockSizes",
@@ -31,21 +30,22 @@ __all__ = [
 IMPLEMENTATIONS = (Implementation("blockwise", blockwise), Implementation("reference", reference))
 
 
+@checked
 def forgetting_attention(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    log_f: jax.Array | None = None,
+    q: Float[Array, "B T H D"],
+    k: Float[Array, "B S K D"],
+    v: Float[Array, "B S K Dv"],
+    log_f: Float[Array, "B S H"] | None = None,
     *,
     mask: Mask = Mask(),  # noqa: B008 (frozen)
     scale: float | None = None,
-    acp_threshold: float | str | jax.Array | None = None,
+    acp_threshold: float | str | Float[Array, "..."] | None = None,
     log_pruning_tolerance: float = -10.0,
     decay_mode: str = "local",
     return_lse: bool = False,
     implementation: str | None = None,
     block_sizes: BlockSizes | None = None,
-) -> jax.Array | tuple[jax.Array, jax.Array]:
+) -> Float[Array, "B T H Dv"] | tuple[Float[Array, "B T H Dv"], Float[Array, "B T H"]]:
     """Softmax attention whose logits carry the log of the product of forget gates between key and query.
 
         D_ij = sum of log_f_l over j < l <= a_i          s_ij = scale q_i.k_j + D_ij          (2503.02130, section 3)

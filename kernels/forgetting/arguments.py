@@ -76,14 +76,13 @@ def canonicalize(
     q, k, v, log_f, *, mask, scale, acp_threshold, log_pruning_tolerance, decay_mode, block_sizes
 ) -> Arguments:
     """Checks a call and brings it into the one form the implementations share; see the public docstring for errors."""
-    q, k, v = jnp.asarray(q), jnp.asarray(k), jnp.asarray(v)
     B, T, H, D, S = _check_shapes(q, k, v)
     mask = masks.validate(mask, B, T, S)
     if decay_mode not in DECAY_MODES:
         raise ValueError(f"{decay_mode=} is unknown; choose one of {DECAY_MODES}")
     scale = 1.0 / math.sqrt(D) if scale is None else float(scale)
     if log_f is not None:
-        log_f = _check_gates(q, jnp.asarray(log_f), mask, (B, S, H), T)
+        log_f = _check_gates(q, log_f, mask, T)
     elif acp_threshold is not None:
         raise ValueError(f"{acp_threshold=} prunes by decay and needs log_f; without gates leave it None")
     threshold = None
@@ -96,39 +95,31 @@ def canonicalize(
 
 
 def _check_shapes(q, k, v):
-    if q.ndim != 4 or k.ndim != 4 or v.ndim != 4:
-        raise ValueError(f"q, k, v must be [B, T, H, D]; got shapes {q.shape}, {k.shape}, {v.shape}")
-    (B, T, H, D), (_, S, K, _) = q.shape, k.shape
-    if k.shape != (B, S, K, D) or v.shape[:3] != (B, S, K):
-        raise ValueError(
-            f"k {k.shape}, v {v.shape} do not fit q {q.shape}: expected k [B, S, K, D], v [B, S, K, Dv]"
-        )
-    if H % K:
-        raise ValueError(f"{H=} query heads must be a multiple of the {K=} key/value heads")
-    if min(B, T, S, H, D, v.shape[3]) == 0:
+    """What the signature does not say; returns B, T, H, D, S."""
+    (B, T, H, D), (S, K) = q.shape, k.shape[1:3]
+    if min(*q.shape, *k.shape, *v.shape) == 0:
         raise ValueError(
             f"empty operands q {q.shape}, k {k.shape}, v {v.shape}: every dimension must be at least 1"
         )
-    if not (q.dtype == k.dtype == v.dtype) or not jnp.issubdtype(q.dtype, jnp.floating):
+    if H % K:
+        raise ValueError(f"{H=} query heads must be a multiple of the {K=} key/value heads")
+    if not q.dtype == k.dtype == v.dtype:
         raise ValueError(f"q, k, v must share one float dtype; got {q.dtype}, {k.dtype}, {v.dtype}")
     return B, T, H, D, S
 
 
-def _check_gates(q, log_f, mask, shape, T):
-    if log_f.shape != shape:
-        raise ValueError(f"log_f has shape {log_f.shape}, expected [B, S, H] = {shape}")
+def _check_gates(q, log_f, mask, T):
+    S = log_f.shape[1]
     if log_f.dtype not in (jnp.float32, jnp.float64):
         raise ValueError(f"log_f has dtype {log_f.dtype}; cast the gate logits to float32 before log-sigmoid")
     if not mask.causal:
         raise ValueError(
             "log_f needs a causal mask: a forget gate has no meaning for later keys; use log_f=None"
         )
-    if isinstance(mask.q_offset, int) and mask.q_offset + T > shape[1]:
-        raise ValueError(
-            f"q_offset={mask.q_offset} + {T=} passes the last of S={shape[1]} gates; lower q_offset"
-        )
+    if isinstance(mask.q_offset, int) and mask.q_offset + T > S:
+        raise ValueError(f"q_offset={mask.q_offset} + {T=} passes the last of {S=} gates; lower q_offset")
     accumulator = jnp.promote_types(jnp.float32, q.dtype)
-    unread = masks.unread_gates(mask, T, shape[1])[:, :, None]
+    unread = masks.unread_gates(mask, T, S)[:, :, None]
     # Unread gates must not touch the rounding of the others, and get a gradient of exactly zero.
     return jnp.where(unread, 0, log_f.astype(accumulator))
 

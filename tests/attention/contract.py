@@ -7,6 +7,7 @@ import dataclasses
 import functools
 
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -64,9 +65,32 @@ def decode(module, params, x, pieces, length=None, starts=None):
 
 
 class MixerContract:
-    """Subclasses set `name` and `variants` (id -> options) with the decorator below."""
+    """Subclasses set `name`, and `variants` (id -> options) with the decorator below."""
 
     name: str
+    variants: dict[str, dict]
+    once = (
+        "test_repeated_mapped_rematerialised_and_exported_are_the_same",
+        "test_a_named_implementation_is_taken_or_refused_in_every_form",
+    )  # run on the first variant only: what JAX's transformations do does not depend on the options
+    tolerance = 2e-5  # of float32
+    flops_options: dict = {
+        "implementation": "reference",
+        "head_dim": 128,
+        "window": 0,
+    }  # the dense form: every pair
+    flops_excess = 1.06  # what the compiler counts over the formula; the rest is elementwise
+    endless = False  # whether the cache has no end whatever its options (a rolling one never has)
+
+    def pytest_generate_tests(self, metafunc):
+        """Run every test on every variant."""
+        if "options" in metafunc.fixturenames:
+            chosen = (
+                dict(list(self.variants.items())[:1])
+                if metafunc.function.__name__ in self.once
+                else self.variants
+            )
+            metafunc.parametrize("options", chosen.values(), ids=chosen.keys())
 
     def test_parallel_equals_prefill_and_steps(self, options):
         module, params = build(self.name, **options)
@@ -74,7 +98,41 @@ class MixerContract:
         want = apply(module, params, x)
         for pieces in ((9, 1, 1, 12), (1, 12, 1, 9)):
             got, _ = decode(module, params, x, pieces)
-            np.testing.assert_allclose(got, want, atol=2e-5, rtol=2e-5, err_msg=f"{pieces}")
+            self.near(got, want, f"{pieces}")
+
+    def near(self, got, want, what=""):
+        np.testing.assert_allclose(got, want, atol=self.tolerance, rtol=self.tolerance, err_msg=what)
+
+    def test_any_split_of_any_length_is_the_same(self, options):
+        """One token alone, and a random split of 7 (longer ones are the operations' business)."""
+        module, params = build(self.name, **options)
+        for length, pieces in ((1, (1,)), (7, _random_split(7, np.random.default_rng(len(repr(options)))))):
+            x = inputs(length)
+            self.near(decode(module, params, x, pieces)[0], apply(module, params, x), f"{pieces}")
+
+    def test_outputs_and_every_gradient_match_the_reference_in_float64(self, options):
+        module, params = build(self.name, **options)
+        x = inputs()
+
+        def evaluate(module, params, x):
+            def loss(params, x):
+                y = module.apply(params, x, positions=jnp.arange(T)[None])
+                return jnp.sum(y * jnp.cos(jnp.arange(y.size, dtype=y.dtype)).reshape(y.shape)), y
+
+            return jax.jit(jax.grad(loss, argnums=(0, 1), has_aux=True))(params, x)
+
+        got_gradients, got = evaluate(module, params, x)
+        with jax.enable_x64(True):
+            wide, _ = build(self.name, dtype=jnp.float64, implementation="reference", **options)
+            widen = lambda tree: jax.tree.map(lambda a: jnp.asarray(np.asarray(a), jnp.float64), tree)  # noqa: E731
+            want_gradients, want = evaluate(wide.clone(param_dtype=jnp.float64), widen(params), widen(x))
+            want, want_gradients = np.asarray(want), jax.tree.map(np.asarray, want_gradients)
+        self.near(got, want)
+        for (name, found), expected in zip(
+            named_leaves(got_gradients).items(), named_leaves(want_gradients).values(), strict=True
+        ):
+            bound = 5 * self.tolerance * max(np.abs(expected).max(), 1e-3)
+            assert np.abs(found - expected).max() <= bound, f"gradient of {name}"
 
     def test_causality_and_isolation_by_exact_zeros(self, options):
         module, params = build(self.name, **options)
@@ -102,7 +160,7 @@ class MixerContract:
         positions = jnp.concatenate([jnp.arange(11), jnp.arange(12)])[None]
         packed = apply(module, params, x, positions=positions, segments=segments)
         alone = jnp.concatenate([apply(module, params, x[:, :11]), apply(module, params, x[:, 11:])], axis=1)
-        np.testing.assert_allclose(packed, alone, atol=2e-5, rtol=2e-5)
+        self.near(packed, alone)
 
     def test_left_padding_is_invisible(self, options):
         module, params = build(self.name, **options)
@@ -116,8 +174,8 @@ class MixerContract:
             *(apply(module, params, x[:, s:])[i] for i, s in ((1, 11), (2, T - 1))),
         ]
         for row, start in enumerate(starts):
-            np.testing.assert_allclose(got[row, start:], want[row], atol=3e-5, rtol=3e-5)
-            np.testing.assert_allclose(stepped[row, start:], want[row], atol=3e-5, rtol=3e-5)
+            self.near(got[row, start:], want[row], f"parallel, {start} pads")
+            self.near(stepped[row, start:], want[row], f"in steps, {start} pads")
 
     def test_padding_gradients_are_zero_and_all_are_finite(self, options):
         module, params = build(self.name, **options)
@@ -136,8 +194,10 @@ class MixerContract:
 
     def test_overflowing_a_cache_is_not_silent(self, options):
         module, params = build(self.name, **options)
-        if getattr(module.config, "window", 0):
-            return  # a rolling cache has no end
+        if self.endless or getattr(module.config, "window", 0):
+            x = inputs(length=14)  # what has no end goes on past the length asked for
+            self.near(decode(module, params, x, (6, 8), length=9)[0], apply(module, params, x))
+            return
         with pytest.raises(ValueError, match="do not fit a cache of 7"):
             decode(module, params, inputs(length=9), (9,), length=7)
         got, _ = decode(module, params, inputs(length=2), (1, 1), length=1)
@@ -165,21 +225,54 @@ class MixerContract:
         error = np.abs(np.asarray(got, np.float32) - want).max() / np.abs(want).max()
         assert error < 3e-2
 
-    def test_repetition_gives_the_same_bits(self, options):
+    def test_repeated_mapped_rematerialised_and_exported_are_the_same(self, options):
         module, params = build(self.name, **options)
-        np.testing.assert_array_equal(apply(module, params, inputs()), apply(module, params, inputs()))
+        x = inputs()
+        y = apply(module, params, x)
+        np.testing.assert_array_equal(apply(module, params, x), y, "a second run")
+        call = functools.partial(module.apply, params, positions=jnp.arange(T)[None])
+        mapped = jax.jit(jax.vmap(call))(jnp.stack([x, 0.5 * x]))
+        self.near(mapped[0], y, "mapped")
+        exported = jax.export.deserialize(jax.export.export(jax.jit(call))(x).serialize())
+        self.near(exported.call(x), y, "exported")
+        gradient = jax.grad(lambda x, call: jnp.sum(jnp.sin(call(x))))
+        again = jax.jit(lambda x: gradient(x, jax.checkpoint(call)))(x)
+        self.near(again, jax.jit(lambda x: gradient(x, call))(x), "rematerialised")
+
+    def test_state_size_formula_matches_the_cache(self, options):
+        module, _ = build(self.name, **options)
+        for length in (1, 19, 40):
+            cache = jax.eval_shape(functools.partial(module.init_cache, 2, length))
+            counters = 2 + 1  # starts [2] and length []
+            numbers = sum(leaf.size for leaf in jax.tree.leaves(cache)) - counters
+            assert 2 * module.state_size(module.config, length) == numbers
 
     def test_flops_formula_matches_the_compiler(self, options):
-        sizes = {"head_dim": 128, "channels": 128, "window": 0}  # the dense form computes every pair
-        module, params = build(self.name, implementation="reference", **(options | sizes))
+        wanted = {
+            k: v
+            for k, v in self.flops_options.items()
+            if k in find_mixer(self.name).Config.__dataclass_fields__
+        }
+        module, params = build(self.name, channels=128, **(options | wanted))
         x = jnp.zeros((B, T, 128))
         call = jax.jit(lambda p, x: module.apply(p, x, positions=jnp.arange(T)[None]))
         counted = call.lower(params, x).compile().cost_analysis()["flops"] / (B * T)
         formula = module.forward_flops(module.config, 128, visible=T)
-        assert 1 <= counted / formula < 1.06  # the rest is elementwise
+        assert 1 <= counted / formula < self.flops_excess, (
+            f"{counted:.0f} counted, {formula:.0f} by the formula"
+        )
+
+
+def _random_split(total: int, rng: np.random.Generator) -> tuple[int, ...]:
+    cuts = np.flatnonzero(rng.random(total - 1) < 0.5) + 1
+    return tuple(int(n) for n in np.diff([0, *cuts, total]))
 
 
 def variants(**named_options):
-    """Class decorator: run every test of the contract on each of the named option sets."""
-    values = [pytest.param(options, id=name) for name, options in named_options.items()]
-    return pytest.mark.parametrize("options", values)
+    """Class decorator: run the contract on each of the named option sets."""
+
+    def set_variants(cls):
+        cls.variants = named_options
+        return cls
+
+    return set_variants

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from attnlab.models.language_model import LanguageModel
-from attnlab.models.presets import fox_preset
+from attnlab.models.presets.fox import fox_preset
 from attnlab.training.optimizer import OptimizerConfig, decay_mask, make_optimizer
 from attnlab.training.schedules import ScheduleConfig
 from attnlab.training.trees import named_leaves

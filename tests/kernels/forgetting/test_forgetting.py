@@ -145,15 +145,18 @@ def test_block_sizes():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"q": np.zeros((2, 23, 2), np.float32)}, "must be"),
-        ({"q": np.zeros((2, 23, 3, 5), np.float32)}, "H=3 query heads must be a multiple of the K=2"),
-        ({"k": np.zeros((2, 23, 2, 7), np.float32)}, r"k \(2, 23, 2, 7\)"),
-        ({"v": np.zeros((2, 22, 2, 5), np.float32)}, r"v \(2, 22, 2, 5\)"),
+        ({"q": np.zeros((2, 23, 2), np.float32)}, r"q is float32\[2, 23, 2\], expected Float\[B T H D\]"),
+        (
+            {"q": np.zeros((2, 23, 3, 5), np.float32), "log_f": None},
+            "H=3 query heads must be a multiple of the K=2",
+        ),
+        ({"k": np.zeros((2, 23, 2, 7), np.float32)}, r"k is float32\[2, 23, 2, 7\]"),
+        ({"v": np.zeros((2, 22, 2, 5), np.float32)}, r"v is float32\[2, 22, 2, 5\]"),
         ({"v": np.zeros((2, 23, 2, 0), np.float32)}, "empty operands"),
         ({"q": jnp.zeros((2, 23, 2, 5), jnp.bfloat16)}, "share one float dtype; got bfloat16, float32"),
         (
             {"log_f": np.zeros((2, 23, 1), np.float32)},
-            r"log_f has shape \(2, 23, 1\), expected .* \(2, 23, 2\)",
+            r"log_f is float32\[2, 23, 1\], expected Float\[B S H\] with B=2, H=2, S=23",
         ),
         ({"log_f": jnp.zeros((2, 23, 2), jnp.bfloat16)}, "log_f has dtype bfloat16; cast the gate logits"),
         ({"mask": Mask(causal=False)}, "log_f needs a causal mask"),

@@ -1,4 +1,4 @@
-"""Both implementations against vectors of the official code (see `meta` in each file for its origin)."""
+"""Both implementations in float32 against vectors of the official code; the golden checker does float64."""
 
 import json
 from pathlib import Path
@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kernels.forgetting import BlockSizes, Mask, acp_delta, acp_end, acp_start, forgetting_attention
+from kernels.forgetting import BlockSizes, Mask, forgetting_attention
 from tests.kernels.forgetting.contract import assert_near, jit
 
 FILES = sorted((Path(__file__).parents[2] / "golden" / "forgetting").glob("op_*.npz"))
@@ -53,40 +53,7 @@ def compare(path, implementation, dtype, bound):
         assert_near(gradient, arrays[f"grad.{name}"], bound, f"gradient of {name}")
 
 
-def test_all_files_are_here():
-    assert [path.stem for path in FILES] == [
-        "op_acp_auto", "op_acp_fixed_offset", "op_causal", "op_extreme_gates", "op_gqa_window", "op_offset_seqstart",
-    ]  # fmt: skip
-
-
 @pytest.mark.parametrize("implementation", ["reference", "blockwise"])
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_float32(path, implementation):
     compare(path, implementation, jnp.float32, 2e-5)
-
-
-@pytest.mark.parametrize("implementation", ["reference", "blockwise"])
-@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
-def test_float64(path, implementation):
-    stored = load(path)[0]["out.o"].dtype
-    with jax.enable_x64(True):
-        compare(path, implementation, jnp.float64, 1e-11 if stored == np.float64 else 1e-6)
-
-
-@pytest.mark.smoke
-@pytest.mark.parametrize("name", ["op_acp_auto", "op_acp_fixed_offset"])
-def test_pruned_blocks(name):
-    arrays, meta = load(FILES[0].with_name(f"{name}.npz"))
-    q, k, log_f = (jnp.asarray(arrays[f"in.{n}"]) for n in ("q", "k", "log_fgate"))
-    T, S, sizes = meta["T"], meta["S"], (meta["block_q"], meta["block_k"])
-    delta = jnp.asarray(arrays["in.threshold"])
-    if meta["threshold_mode"] == "auto":
-        delta = acp_delta("auto", q, k, scale=meta["sm_scale"], tolerance=meta["log_pruning_tolerance"])
-        np.testing.assert_allclose(delta, arrays["in.threshold"], rtol=1e-6)
-    if meta["seq_start"] is not None:
-        log_f = jnp.where(jnp.arange(S)[:, None] < jnp.asarray(meta["seq_start"])[:, None, None], 0, log_f)
-    start = acp_start(log_f, delta, meta["query_offset"], T, *sizes)
-    end = acp_end(start, -(-S // sizes[1]))
-    np.testing.assert_array_equal(start * sizes[1], arrays["out.start_index"])
-    np.testing.assert_array_equal(np.minimum(end * sizes[0], T), arrays["out.end_index"])
-    assert start.max() > 0, "the vectors must prune something"
