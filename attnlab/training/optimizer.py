@@ -39,10 +39,18 @@ class OptimizerConfig:
         self.schedule.validate(steps)
 
 
+NEVER_TRAINED = re.compile(r"(^|/)frozen_")  # modules stop the gradient of such parameters; decay must not move them
+
+
 def decay_mask(params, no_decay: str):
     """A tree of bools like `params`: True where weight decay applies."""
     pattern = re.compile(no_decay)
-    return jax.tree_util.tree_map_with_path(lambda path, _: pattern.search(path_name(path)) is None, params)
+
+    def decays(path, _):
+        name = path_name(path)
+        return not (pattern.search(name) or NEVER_TRAINED.search(name))
+
+    return jax.tree_util.tree_map_with_path(decays, params)
 
 
 def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:

@@ -52,6 +52,14 @@ def test_matrices_decay_and_vectors_do_not():
     assert not any(name.endswith("forget_gate/bias") for name in decayed)
 
 
+def test_parameters_called_frozen_are_never_decayed():
+    params = {"mixer": {"frozen_query": {"kernel": 1.0}, "query": {"kernel": 1.0}}, "unfrozen_": 1.0}
+    assert decay_mask(params, "^nothing$") == {
+        "mixer": {"frozen_query": {"kernel": False}, "query": {"kernel": True}},
+        "unfrozen_": True,
+    }
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
