@@ -17,7 +17,7 @@ class OptimizerConfig:
     eps: float = 1e-8
     weight_decay: float = 0.1  # decoupled, times the learning rate
     no_decay: str = (
-        r"(bias|scale)$"  # parameters whose path matches are not decayed: biases, norms, gate biases
+        r"(bias|scale|sink|alpha|frequencies|lambda_param|slope_logit)$"  # parameters whose path matches are not decayed
     )
     clip_norm: float = 1.0  # of the whole gradient; 0: no clipping
     schedule: ScheduleConfig = ScheduleConfig()

@@ -23,12 +23,23 @@ BATCH = P(("data", "fsdp"), "sequence")  # [B, T] arrays
 # layers stacked by a scan, are whole on every device.
 RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"embedding$", ("tensor", "fsdp")),  # [V, C]
-    (r"head$", ("fsdp", "tensor")),  # [C, V]
-    (r"(query|key|value|output_gate|gate|up)/kernel$", ("fsdp", "tensor")),  # [C, heads or inner width]
-    (r"(out|down)/kernel$", ("tensor", "fsdp")),  # [heads or inner width, C]
-    (r"(forget_gate|key_shift|value_shift)/kernel$", ("fsdp", None)),  # [C, H]: H is small
-    (r"(forget_gate/bias|forget_gate_bias)$", (None,)),  # [H]
-    (r"norm/scale$", (None,)),  # [C], [D] or [H, D]
+    (r"(^|/)head$", ("fsdp", "tensor")),  # [C, V]
+    (r"(^|/)(frozen_)?(query|key|value)/kernel$", ("fsdp", "tensor")),  # [C, heads]
+    (r"(^|/)(output_gate|gate|up|factor_[ab])/kernel$", ("fsdp", "tensor")),  # [C, heads or inner width]
+    (r"(^|/)(out|down)/kernel$", ("tensor", "fsdp")),  # [heads or inner width, C]
+    (r"(^|/)(frozen_)?(query|key|value|gate|up)/bias$", ("tensor",)),  # [heads or inner width]
+    (r"(^|/)(forget_gate|decay|key_shift|value_shift)/kernel$", ("fsdp", None)),  # [C, H]: H is small
+    (r"(^|/)(frozen_)?(table|noise|row_factor|column_factor)$", ("tensor", None, None)),  # [H, N, N or rank]
+    (r"(^|/)(mixing|logit_kernel)$", ("tensor", None, None)),  # [H, N or D, N]
+    (r"(^|/)(mixing_bias|logit_bias)$", ("tensor", None)),  # [H, N]
+    (r"(^|/)(query|key|value)_conv$", (None, "tensor")),  # [width of the convolution, heads]
+    (r"(^|/)initial_(key|value)_slots$", (None, None, None)),  # [K, slots, D]: K may be one
+    (r"(^|/)(query|key|value)_trop$", (None, None)),  # [D, D] or [H, D, D]
+    (r"(^|/)frozen_random_stream$", (None, "fsdp")),  # [N, C]
+    (r"(^|/)input/kernel$", (None, "fsdp")),  # [features, C]
+    (r"(^|/)head/kernel$", ("fsdp", None)),  # [C, outputs]
+    (r"(bias|scale)$", (None,)),  # norms and what else has one number a channel or head
+    (r"(^|/)(sink|alpha|frequencies|lambda_param|slope_logit)$", (None,)),  # likewise
     (r"^rng$", (None,)),  # the key data in a training state
 )
 

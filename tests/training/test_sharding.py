@@ -1,14 +1,18 @@
 """Every parameter has a place, and what does not fit is an error with its numbers."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import pytest
 from jax.sharding import PartitionSpec as P
 
+from attnlab.attention import MIXERS
 from attnlab.attention.forgetting import PRO, ForgettingConfig
 from attnlab.attention.softmax import SoftmaxConfig
 from attnlab.models.config import ModelConfig
 from attnlab.models.language_model import LanguageModel
+from attnlab.models.streams import StreamConfig
 from attnlab.training.sharding import MeshConfig, describe, make_mesh, spec_of, tree_shardings
 from attnlab.training.trees import named_leaves
 
@@ -43,6 +47,38 @@ def test_every_parameter_is_covered_and_matrices_are_cut_up(scan_layers):
     for name, place in specs.items():
         if name.endswith("kernel") or name in ("embedding", "head"):
             assert "fsdp" in place.spec, name
+
+
+def variants(name):
+    """Default options of a mixer, and each of its switches turned over where that is allowed."""
+    options = MIXERS[name].Config()
+    yield options
+    for field in dataclasses.fields(options):
+        if isinstance(field.default, bool):
+            try:
+                changed = dataclasses.replace(options, **{field.name: not field.default})
+                changed.resolve(4, 0, 8, 32)
+            except ValueError:
+                continue  # goes with another option only
+            yield changed
+
+
+@pytest.mark.parametrize("name", sorted(MIXERS))
+def test_every_parameter_of_every_mechanism_is_covered(name):
+    streams = StreamConfig(length=8, fixed_tokens=tuple(range(8)))
+    for options in variants(name):
+        config = ModelConfig(
+            layers=name,
+            num_layers=1,
+            hidden_size=32,
+            num_heads=4,
+            vocab_size=64,
+            mixers={name: options},
+            streams=streams,
+        )
+        params = jax.eval_shape(LanguageModel(config).init, jax.random.key(0), jnp.zeros((1, 2), jnp.int32))
+        places = named_leaves(tree_shardings(params, MESH))
+        assert places.keys() == named_leaves(params).keys()
 
 
 def test_optimizer_moments_follow_their_parameters():
