@@ -11,9 +11,9 @@ ARGS   ?=
 train: $(VENV)/.run
 	$(VENV)/bin/python train.py --config=configs/quickstart.py $(ARGS)
 
-# Lint and the whole test suite.
+# Lint and the test suite. A file stays in one process, which then compiles what its tests share only once.
 test: lint
-	$(VENV)/bin/python -m pytest -n 2 $(ARGS)
+	$(VENV)/bin/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 lint: $(VENV)/.test
 	$(VENV)/bin/ruff check .

@@ -15,9 +15,12 @@ import numpy as np
 
 from attnlab import evaluation
 from attnlab.config import ConfigError, Experiment, read_experiment, to_dict
+from attnlab.data.config import DataConfig
 from attnlab.data.loader import make_loader
-from attnlab.data.sources import open_source
+from attnlab.data.packing import EncodedDocuments
+from attnlab.data.sources import DocumentSource, open_source
 from attnlab.data.tokenizers import Tokenizer, open_tokenizer
+from attnlab.models.config import ModelConfig
 from attnlab.objectives.language_modelling import LanguageModelling
 from attnlab.training import multihost
 from attnlab.training.files import CHECKPOINTS, CONFIG, write_atomically
@@ -65,13 +68,52 @@ class LanguageModellingTask:
 
 
 def open_task(experiment: Experiment) -> LanguageModellingTask:
-    """The task of a validated experiment; reads the tokeniser, prepares no data yet."""
+    """The task of a validated experiment; reads the tokeniser, and prepares no data unless the model holds some."""
     tokenizer = open_tokenizer(experiment.data.tokenizer)
-    experiment = dataclasses.replace(experiment, model=experiment.model.with_vocab(tokenizer.vocab_size))
+    model = fill_streams(experiment.model.with_vocab(tokenizer.vocab_size), experiment.data, tokenizer)
+    experiment = dataclasses.replace(experiment, model=model)
     objective = LanguageModelling(
         experiment.model, experiment.language_modelling, experiment.data.sequence_length
     )
     return LanguageModellingTask(experiment, tokenizer, objective)
+
+
+def fill_streams(model: ModelConfig, data: DataConfig, tokenizer: Tokenizer) -> ModelConfig:
+    """The model with what its auxiliary streams lack: a length, and the first tokens of the training text.
+
+    Nothing is read for models without a text stream. ValueError if the text is shorter than the stream.
+    """
+    named, streams = model.auxiliary(), model.streams
+    if not named:
+        return model
+    streams = dataclasses.replace(streams, length=streams.length or data.sequence_length)
+    if "text" in named and not streams.fixed_tokens:
+        source = _open_split(data, data.split, "fixed text")
+        streams = dataclasses.replace(streams, fixed_tokens=first_tokens(source, tokenizer, streams.length))
+    return dataclasses.replace(model, streams=streams)
+
+
+def first_tokens(source: DocumentSource, tokenizer: Tokenizer, count: int) -> tuple[int, ...]:
+    """The first `count` tokens of the documents in the source's own order, with BOS and EOS; ValueError if fewer."""
+    documents, found = EncodedDocuments(source, tokenizer), []
+    for index in range(len(documents)):
+        found += documents[index].tokens.tolist()
+        if len(found) >= count:
+            return tuple(found[:count])
+    raise ValueError(
+        f"the training text has {len(found)} tokens, but its stream needs {count}; lower model.streams.length"
+    )
+
+
+def _open_split(data: DataConfig, split: str, what: str) -> DocumentSource:
+    """A split, prepared by process 0 first; collective over all processes."""
+    return open_source(
+        data.source,
+        split,
+        data.data_dir,
+        leader=multihost.is_main(),
+        barrier=functools.partial(multihost.barrier, f"{what} {split}"),
+    )
 
 
 def prepare(task: LanguageModellingTask, workdir: Path) -> None:
@@ -85,13 +127,7 @@ def prepare(task: LanguageModellingTask, workdir: Path) -> None:
             check_continues(old, task.experiment, workdir)
     data = task.experiment.data
     for split in (data.split, data.eval_split):
-        open_source(
-            data.source,
-            split,
-            data.data_dir,
-            leader=multihost.is_main(),
-            barrier=functools.partial(multihost.barrier, f"data split {split}"),
-        )
+        _open_split(data, split, "data split")
     if multihost.is_main():
         write_atomically(workdir / CONFIG, json.dumps(to_dict(task.experiment), indent=2) + "\n")
 
@@ -122,8 +158,11 @@ def _lasting_fields(experiment: Experiment) -> dict[str, Any]:
     """What fixes the parameters' shapes and meaning and the place in the data, by name."""
     fields = {"task": experiment.task}
     for field in dataclasses.fields(experiment.model):
-        if field.name not in (*FREE_FIELDS, "layers", "mixers"):
+        if field.name not in (*FREE_FIELDS, "layers", "mixers", "streams"):
             fields[f"model.{field.name}"] = getattr(experiment.model, field.name)
+    if experiment.model.auxiliary():
+        streams = dataclasses.asdict(experiment.model.streams)
+        fields |= {f"model.streams.{name}": value for name, value in streams.items()}
     for index, (name, options) in enumerate(experiment.model.layer_configs()):
         fields[f"the mixer of layer {index}"] = name
         kept = {k: v for k, v in dataclasses.asdict(options).items() if k not in FREE_FIELDS}

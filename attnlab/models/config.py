@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 from attnlab.attention.mixer import MIXERS, LayerSpec, MixerConfig, find_mixer, parse_pattern, shortest_period
 from attnlab.models.mlp import swiglu_size
+from attnlab.models.streams import AUXILIARY, StreamConfig
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float64": jnp.float64}
 REMAT = ("none", "block", "parts", "dots")
@@ -37,6 +38,7 @@ class ModelConfig:
         "none"  # recompute backward: "block", "parts" (mixer and MLP apart), "dots" (all but products)
     )
     scan_layers: bool = True  # one compiled period of the pattern, scanned; False: layers laid out one by one
+    streams: StreamConfig = StreamConfig()  # what layers read beside their input, where a mixer does
     mixers: dict[str, MixerConfig] = dataclasses.field(
         default_factory=lambda: {name: mixer.Config() for name, mixer in sorted(MIXERS.items())}
     )  # options of each mixer, for all its layers; a pattern's brackets win over them
@@ -48,6 +50,15 @@ class ModelConfig:
     @property
     def num_periods(self) -> int:
         return self.num_layers // len(self.layer_configs())
+
+    def sources(self) -> tuple[str, ...]:
+        """What its layers read beside their input: names of `streams.py`, in a fixed order."""
+        found = {find_mixer(name).source for name, _ in self.layer_configs()}
+        return tuple(source for source in ("embedding", *AUXILIARY) if source in found)
+
+    def auxiliary(self) -> tuple[str, ...]:
+        """The auxiliary streams its layers need."""
+        return tuple(source for source in self.sources() if source in AUXILIARY)
 
     def pattern(self) -> tuple[LayerSpec, ...]:
         """The layers as written, before they are repeated to num_layers."""
@@ -103,4 +114,10 @@ class ModelConfig:
             raise ValueError(f"model.remat={self.remat!r} is unknown; choose one of {', '.join(REMAT)}")
         if self.logit_soft_cap < 0:
             raise ValueError(f"model.logit_soft_cap={self.logit_soft_cap} is negative; use 0 for none")
+        self.streams.validate()
+        largest = max(self.streams.fixed_tokens, default=0)
+        if self.vocab_size and largest >= self.vocab_size:
+            raise ValueError(
+                f"model.streams.fixed_tokens holds token {largest}, but the vocabulary has {self.vocab_size}"
+            )
         self.layer_configs()

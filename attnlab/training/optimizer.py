@@ -16,8 +16,8 @@ class OptimizerConfig:
     b2: float = 0.95
     eps: float = 1e-8
     weight_decay: float = 0.1  # decoupled, times the learning rate
-    no_decay: str = (
-        r"(bias|scale|sink|alpha|frequencies|lambda_param|slope_logit)$"  # parameters whose path matches are not decayed
+    no_decay: str = (  # parameters whose path matches are not decayed
+        r"(bias|scale|sink|alpha|frequencies|lambda_param|slope_logit)$"
     )
     clip_norm: float = 1.0  # of the whole gradient; 0: no clipping
     schedule: ScheduleConfig = ScheduleConfig()
@@ -39,7 +39,9 @@ class OptimizerConfig:
         self.schedule.validate(steps)
 
 
-NEVER_TRAINED = re.compile(r"(^|/)frozen_")  # modules stop the gradient of such parameters; decay must not move them
+NEVER_TRAINED = re.compile(
+    r"(^|/)frozen_"
+)  # modules stop the gradient of such parameters; decay must not move them
 
 
 def decay_mask(params, no_decay: str):

@@ -35,7 +35,7 @@ RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"(^|/)(query|key|value)_conv$", (None, "tensor")),  # [width of the convolution, heads]
     (r"(^|/)initial_(key|value)_slots$", (None, None, None)),  # [K, slots, D]: K may be one
     (r"(^|/)(query|key|value)_trop$", (None, None)),  # [D, D] or [H, D, D]
-    (r"(^|/)frozen_random_stream$", (None, "fsdp")),  # [N, C]
+    (r"(^|/)(frozen_)?random_stream$", (None, "fsdp")),  # [N, C]
     (r"(^|/)input/kernel$", (None, "fsdp")),  # [features, C]
     (r"(^|/)head/kernel$", ("fsdp", None)),  # [C, outputs]
     (r"(bias|scale)$", (None,)),  # norms and what else has one number a channel or head

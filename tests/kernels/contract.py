@@ -136,6 +136,8 @@ class OpContract:
         case, want = self.cases[name], self.truth(name)
         got = self.evaluate(case, self.implementation, self.draw(case, np.float32))
         self.compare(got, want, self.tolerance, self.gradient_tolerance or self.tolerance, "float32")
+        if self.implementation == "reference":
+            return  # which in float64 is what the others are compared with
         with jax.enable_x64(True):
             got = self.evaluate(case, self.implementation, self.draw(case))
         self.compare(got, want, self.float64_tolerance, self.float64_tolerance, "float64")

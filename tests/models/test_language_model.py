@@ -13,7 +13,7 @@ from attnlab.attention.mixer import LayerSpec, parse_pattern, shortest_period
 from attnlab.attention.softmax import SoftmaxConfig
 from attnlab.models.config import ModelConfig
 from attnlab.models.language_model import LanguageModel, forward_flops
-from attnlab.models.presets import fox_preset
+from attnlab.models.presets.fox import fox_preset
 from attnlab.training.trees import named_leaves
 
 TINY = ModelConfig(
