@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV   ?= .venv
 ARGS   ?=
 
-.PHONY: train test lint smoke clean
+.PHONY: train test thorough lint smoke clean
 .DEFAULT_GOAL := train
 
 # Train the small Forgetting Transformer of configs/quickstart.py; run it again to resume.
@@ -13,7 +13,11 @@ train: $(VENV)/.run
 
 # Lint and the test suite. A file stays in one process, which then compiles what its tests share only once.
 test: lint
-	$(VENV)/bin/python -m pytest -n 2 --dist loadfile $(ARGS)
+	$(VENV)/bin/python -m pytest -n 2 --dist loadfile -m "not thorough" $(ARGS)
+
+# The rest: further variants of every mechanism, more meshes, runs killed at any moment.
+thorough: $(VENV)/.test
+	$(VENV)/bin/python -m pytest -n 2 --dist loadfile -m thorough $(ARGS)
 
 lint: $(VENV)/.test
 	$(VENV)/bin/ruff check .

@@ -7,6 +7,7 @@ for the best one of the platform compiled for; a name asks for that one or for a
 Letters of a layout string, one per array axis: b batch, h query heads, k key/value heads, anything else not sharded.
 """
 
+import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -92,6 +93,17 @@ def over_mesh(operation: Callable[[Any], Any], arguments: Any, layout: Any, out_
         axis_names=set(free),
         check_vma=False,
     )(*operands)
+
+
+def with_letters(tree: Any, **letters: str) -> Any:
+    """A layout from a dataclass: each named field that is not None becomes its string of letters."""
+    present = {name: text for name, text in letters.items() if getattr(tree, name) is not None}
+    return dataclasses.replace(tree, **present)
+
+
+def mask_layout(mask: Any) -> Any:
+    """The layout of a `kernels.masks.Mask`."""
+    return with_letters(mask, q_offset="", q_segments="b.", kv_segments="b.", starts="b", lengths="b")
 
 
 def _named(implementations, name, reasons):

@@ -4,7 +4,8 @@
     def attend(q: Float[Array, "B T H D"], k: Float[Array, "B S K D"]) -> Float[Array, "B T H D"]: ...
 
 The letters are bound from left to right: whoever meets B first fixes it for the whole call. The annotations are
-jaxtyping's, so editors and other checkers read them too; only the message is ours.
+jaxtyping's, so editors and other checkers read them too; only the message is ours. A single letter is written with a
+space before it (" H"), or linters take it for the name of a type.
 """
 
 import functools

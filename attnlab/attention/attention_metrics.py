@@ -47,15 +47,15 @@ def attention_metrics(
     q: Float[Array, "B T H D"],
     k: Float[Array, "B S K D"],
     form: Form | str = "lssar",
-    learned_scale: Float[Array, "H"] | None = None,
-    learned_power: Float[Array, "H"] | None = None,
+    learned_scale: Float[Array, " H"] | None = None,
+    learned_power: Float[Array, " H"] | None = None,
     *,
     mask: Mask = Mask(),  # noqa: B008 (frozen)
     counts: float | None = None,
     logit_gain: float | None = None,
     block: int = 128,
     **options,
-) -> dict[str, Float[Array, "H"]]:
+) -> dict[str, Float[Array, " H"]]:
     """Means of `row_metrics` over all rows that see a key, per head, and degenerate_rows: the fraction of them without
     a key above the threshold. Rows are taken `block` at a time, so memory is linear in S. float32, no gradient.
 

@@ -156,7 +156,7 @@ def cosformer_attention(
     norm_eps: float = 1e-8,
     norm_per_head: bool = False,
     angle_scale: float = 1.0,
-    freqs: Float[Array, "D"] | None = None,
+    freqs: Float[Array, " D"] | None = None,
     key_mask: Bool[Array, "B S"] | None = None,
     allowed: Bool[Array, "B T S"] | None = None,
     return_denominator: bool = False,

@@ -106,8 +106,8 @@ def family_attention(
     k: Float[Array, "B S K D"],
     v: Float[Array, "B S K Dv"],
     form: Form | str = "lssar",
-    learned_scale: Float[Array, "H"] | None = None,
-    learned_power: Float[Array, "H"] | None = None,
+    learned_scale: Float[Array, " H"] | None = None,
+    learned_power: Float[Array, " H"] | None = None,
     *,
     mask: Mask = Mask(),  # noqa: B008 (frozen)
     counts: float | Num[Array, "B T"] | None = None,

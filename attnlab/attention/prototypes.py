@@ -47,15 +47,15 @@ class DistanceScore:
 
 @checked
 def idw_network(
-    x: Float[Array, "N *shape"],
-    keys: Float[Array, "P *shape"],
+    x: Float[Array, " N *shape"],
+    keys: Float[Array, " P *shape"],
     values: Float[Array, "P C"],
     *,
     method: str = "idw",
     eps: float = 1e-3,
     power: float = 2.0,
     temperature: float = 1.0,
-    active: Bool[Array, "P"] | None = None,
+    active: Bool[Array, " P"] | None = None,
     implementation: str | None = None,
 ) -> Float[Array, "N C"]:
     """Logits of the network: `inverse_distance_attention` with one head, T = N, S = P, Dv = C for method "idw".

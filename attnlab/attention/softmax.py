@@ -83,8 +83,8 @@ def softmax_attention(
     mask: Mask = Mask(),  # noqa: B008 (frozen)
     scale: float | None = None,
     row_scale: Float[Array, "_ T"] | None = None,
-    slopes: Float[Array, "H"] | None = None,
-    sink: Float[Array, "H"] | None = None,
+    slopes: Float[Array, " H"] | None = None,
+    sink: Float[Array, " H"] | None = None,
     adaptive: bool = False,
     implementation: str | None = None,
 ) -> Float[Array, "B T H Dv"]:

@@ -87,20 +87,12 @@ def taylor_attention(
     if q.shape[2] % k.shape[2]:
         raise ValueError(f"{q.shape[2]} query heads are not a multiple of {k.shape[2]} key heads")
     mask = masks.validate(mask, q.shape[0], q.shape[1], k.shape[1])
-    present = {
-        name: text
-        for name, text in MASK_LAYOUT.items()
-        if getattr(mask, name) is not None and not isinstance(getattr(mask, name), int)
-    }
     return dispatch.over_mesh(
         lambda local: dispatch.run(DIAGONAL, implementation, local),
         Operands(q, k, v, mask, form),
-        Operands("b.h.", "b.k.", "b.k.", dataclasses.replace(mask, **present), form),
+        Operands("b.h.", "b.k.", "b.k.", dispatch.mask_layout(mask), form),
         "b.h.",
     )
-
-
-MASK_LAYOUT = {"q_offset": "", "q_segments": "b.", "kv_segments": "b.", "starts": "b", "lengths": "b"}
 
 
 @jax.tree_util.register_dataclass

@@ -98,11 +98,5 @@ def forgetting_attention(
 def _layout(arguments: Arguments) -> Arguments:
     """The axis letters of every operand, for `dispatch.over_mesh`."""
     letters = {"q": "b.h.", "k": "b.k.", "v": "b.k.", "log_f": "b.h", "threshold": "bh"}
-    of_mask = {"q_offset": "", "q_segments": "b.", "kv_segments": "b.", "starts": "b", "lengths": "b"}
-    mask = _letters(arguments.mask, of_mask)
-    return dataclasses.replace(_letters(arguments, letters), mask=mask)
-
-
-def _letters(tree, letters):
-    present = {name: text for name, text in letters.items() if getattr(tree, name) is not None}
-    return dataclasses.replace(tree, **present)
+    mask = dispatch.mask_layout(arguments.mask)
+    return dataclasses.replace(dispatch.with_letters(arguments, **letters), mask=mask)

@@ -96,15 +96,9 @@ def _layout(arguments: Arguments) -> Arguments:
     angle = arguments.angle
     letters = {"q": "b.h.", "k": "b.k.", "v": "b.k.", "allowed": "b..", "seen_rows": "b."}
     letters["angle"] = "b." if angle is not None and angle.shape[0] > 1 else ".."
-    of_mask = {"q_offset": "", "q_segments": "b.", "kv_segments": "b."}
-    mask, state = _letters(arguments.mask, of_mask), _state_layout(arguments.state)
-    return dataclasses.replace(_letters(arguments, letters), mask=mask, state=state)
+    mask, state = dispatch.mask_layout(arguments.mask), _state_layout(arguments.state)
+    return dataclasses.replace(dispatch.with_letters(arguments, **letters), mask=mask, state=state)
 
 
 def _state_layout(state: State) -> State:
-    return _letters(state, {"real": "bk..", "imag": "bk..", "segment": "b"})
-
-
-def _letters(tree, letters):
-    present = {name: text for name, text in letters.items() if getattr(tree, name) is not None}
-    return dataclasses.replace(tree, **present)
+    return dispatch.with_letters(state, real="bk..", imag="bk..", segment="b")

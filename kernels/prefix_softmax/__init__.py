@@ -5,8 +5,6 @@ Attention Free Transformer, arXiv 2105.14103, where every channel is a head. Let
 heads, K value heads, Dv value size; i a row, j a key.
 """
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 
@@ -105,6 +103,4 @@ def _of_rows(o: jax.Array, z: jax.Array, mask: Mask) -> tuple[jax.Array, jax.Arr
 
 def _layout(arguments: Arguments) -> Arguments:
     """The axis letters of every operand, for `dispatch.over_mesh`."""
-    letters = {"s": "b.h", "v": "b.k.", "runs": "b.", "m": "bh", "z": "bh", "n": "bh."}
-    present = {name: text for name, text in letters.items() if getattr(arguments, name) is not None}
-    return dataclasses.replace(arguments, **present)
+    return dispatch.with_letters(arguments, s="b.h", v="b.k.", runs="b.", m="bh", z="bh", n="bh.")

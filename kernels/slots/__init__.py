@@ -111,11 +111,9 @@ def slot_attention(
 
 def _layout(arguments: Arguments) -> Arguments:
     """The axis letters of every operand, for `dispatch.over_mesh`."""
-    of_mask = {"q_offset": "", "q_segments": "b.", "kv_segments": "b.", "starts": "b", "lengths": "b"}
-    present = {name: text for name, text in of_mask.items() if getattr(arguments.mask, name) is not None}
     return dataclasses.replace(
         arguments, q="b.h.", k="b.k.", v="b.k.", q_window="b.h.", k_window="b.k.", log_gates="b.k.",
-        state=SlotState("bk..", "bk..", "b"), mask=dataclasses.replace(arguments.mask, **present),
+        state=SlotState("bk..", "bk..", "b"), mask=dispatch.mask_layout(arguments.mask),
     )  # fmt: skip
 
 

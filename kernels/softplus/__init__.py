@@ -52,8 +52,8 @@ def softplus_attention(
     q: Float[Array, "B T H D"],
     k: Float[Array, "B S K D"],
     v: Float[Array, "B S K Dv"],
-    gain: float | Float[Array, "H"] | None = None,
-    power: float | Float[Array, "H"] | None = None,
+    gain: float | Float[Array, " H"] | None = None,
+    power: float | Float[Array, " H"] | None = None,
     *,
     mask: Mask = Mask(),  # noqa: B008 (frozen)
     counts: float | Num[Array, "B T"] | None = None,
@@ -61,7 +61,7 @@ def softplus_attention(
     phi_power: float = 1.0,
     log_count: bool = True,
     log_bias: bool = False,
-    slopes: Float[Array, "H"] | None = None,
+    slopes: Float[Array, " H"] | None = None,
     normalise: str = "l1",
     offset: float = 1.0,
     warm_rows: int = 3,
@@ -133,8 +133,8 @@ def softplus_attention(
 def softplus_weights(
     q: Float[Array, "B T H D"],
     k: Float[Array, "B S K D"],
-    gain: float | Float[Array, "H"] | None = None,
-    power: float | Float[Array, "H"] | None = None,
+    gain: float | Float[Array, " H"] | None = None,
+    power: float | Float[Array, " H"] | None = None,
     *,
     mask: Mask = Mask(),  # noqa: B008 (frozen)
     **options,
@@ -161,14 +161,8 @@ def softplus_weights(
 def _layout(arguments: Arguments) -> Arguments:
     """The axis letters of every operand, for `dispatch.over_mesh`."""
     letters = {"q": "b.h.", "k": "b.k.", "v": "b.k.", "gain": "h", "power": "h", "slopes": "h"}
-    of_mask = {"q_offset": "", "q_segments": "b.", "kv_segments": "b.", "starts": "b", "lengths": "b"}
     return dataclasses.replace(
-        _letters(arguments, letters),
-        mask=_letters(arguments.mask, of_mask),
+        dispatch.with_letters(arguments, **letters),
+        mask=dispatch.mask_layout(arguments.mask),
         rows=Rows("b.", "b.", "b.", "b."),
     )
-
-
-def _letters(tree, letters):
-    present = {name: text for name, text in letters.items() if getattr(tree, name) is not None}
-    return dataclasses.replace(tree, **present)

@@ -89,8 +89,6 @@ def streaming_attention(
 
 def _layout(arguments: Arguments) -> Arguments:
     """The axis letters of every operand, for `dispatch.over_mesh`."""
-    of_mask = {"q_offset": "", "q_segments": "b.", "kv_segments": "b.", "starts": "b", "lengths": "b"}
-    of_mask = {name: text for name, text in of_mask.items() if getattr(arguments.mask, name) is not None}
     extras = tuple("h" + "." * (each.ndim - 1) for each in arguments.extras)
-    mask = dataclasses.replace(arguments.mask, **of_mask)
+    mask = dispatch.mask_layout(arguments.mask)
     return dataclasses.replace(arguments, q="b.h.", k="b.k.", v="b.k.", extras=extras, mask=mask)

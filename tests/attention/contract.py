@@ -83,14 +83,17 @@ class MixerContract:
     endless = False  # whether the cache has no end whatever its options (a rolling one never has)
 
     def pytest_generate_tests(self, metafunc):
-        """Run every test on every variant."""
+        """Run every test on every variant; all but the first are for the thorough run."""
         if "options" in metafunc.fixturenames:
-            chosen = (
-                dict(list(self.variants.items())[:1])
-                if metafunc.function.__name__ in self.once
-                else self.variants
+            chosen = list(self.variants.items())[: 1 if metafunc.function.__name__ in self.once else None]
+            marks = [(), *[pytest.mark.thorough] * (len(chosen) - 1)]
+            metafunc.parametrize(
+                "options",
+                [
+                    pytest.param(options, id=name, marks=mark)
+                    for (name, options), mark in zip(chosen, marks, strict=True)
+                ],
             )
-            metafunc.parametrize("options", chosen.values(), ids=chosen.keys())
 
     def test_parallel_equals_prefill_and_steps(self, options):
         module, params = build(self.name, **options)

@@ -73,6 +73,7 @@ class TestNativeHybridMixer(MixerContract):
         ({"output_norm_eps": 1.0}, {}),
     ],
 )
+@pytest.mark.thorough
 def test_every_option_changes_the_output(changes, base):
     x, small = inputs(), {"window": 5, "slots": 3}
     module, params = build("native_hybrid", **(small | base))

@@ -108,6 +108,7 @@ def test_masks_and_biases_hide_tokens():
     assert np.all(np.asarray(run(module, params, x, bias=jnp.full((1, 1, 1, 1), -jnp.inf))) == 0)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     "changes",
     [

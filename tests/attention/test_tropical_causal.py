@@ -58,6 +58,7 @@ class TestTropicalMixer(MixerContract):
         ({"softmax_heads": 1}, {}),
     ],
 )
+@pytest.mark.thorough
 def test_every_option_changes_the_output(changes, base):
     module, params = build("tropical", **base)
     changed, changed_params = build("tropical", **(base | changes))

@@ -65,6 +65,7 @@ CASES += [("tropical_scan", *case) for case in SHARED + OF_SCAN]
 
 
 @pytest.mark.parametrize(("name", "changes", "base"), CASES)
+@pytest.mark.thorough
 def test_every_option_changes_the_output(name, changes, base):
     module, params = build(name, **base)
     changed, changed_params = build(name, **(base | changes))

@@ -63,6 +63,7 @@ class OpContract:
     output = "o"  # of axis T: zero where a row sees nothing
     tolerance = 2e-5  # float32 against float64, relative to the array's largest value
     gradient_tolerance: float | None = None  # the same by default
+    loose: dict[str, float] = {}  # case -> a larger tolerance of float32
     float64_tolerance = 1e-11
     bfloat16_tolerance = 3e-2
     zero_without_keys = True
@@ -135,9 +136,13 @@ class OpContract:
     def test_outputs_and_every_gradient_match_float64(self, name):
         case, want = self.cases[name], self.truth(name)
         got = self.evaluate(case, self.implementation, self.draw(case, np.float32))
-        self.compare(got, want, self.tolerance, self.gradient_tolerance or self.tolerance, "float32")
-        if self.implementation == "reference":
-            return  # which in float64 is what the others are compared with
+        bound = self.loose.get(name, self.tolerance)
+        self.compare(got, want, bound, max(bound, self.gradient_tolerance or 0), "float32")
+
+    @pytest.mark.thorough
+    def test_in_float64_they_match_to_its_rounding(self, name):
+        """Says nothing of the reference, which in float64 is what the others are compared with."""
+        case, want = self.cases[name], self.truth(name)
         with jax.enable_x64(True):
             got = self.evaluate(case, self.implementation, self.draw(case))
         self.compare(got, want, self.float64_tolerance, self.float64_tolerance, "float64")

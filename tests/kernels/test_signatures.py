@@ -12,8 +12,8 @@ from kernels.signatures import Array, Float, Int, checked
 def attend(
     q: Float[Array, "B T H D"],
     k: Float[Array, "B S K D"],
-    starts: Int[Array, "B"] | None = None,
-    slopes: Float[Array, "H"] | float = 1.0,
+    starts: Int[Array, " B"] | None = None,
+    slopes: Float[Array, " H"] | float = 1.0,
     *,
     scale: float = 1.0,
 ):

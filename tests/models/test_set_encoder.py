@@ -181,6 +181,7 @@ def test_instances_without_tokens_are_finite(attention):
     ],
     ids=str,
 )
+@pytest.mark.thorough
 def test_every_option_changes_the_output(changes):
     assert float(jnp.abs(apply(small(**changes)) - apply(SMALL)).max()) > 1e-4
 
@@ -338,6 +339,7 @@ def test_unknown_published_weights_are_refused():
 
 
 @pytest.mark.parametrize("path", sorted(GOLDEN.glob("model_*.npz")), ids=lambda path: path.stem)
+@pytest.mark.thorough
 def test_float32_is_near_the_published_models(path):
     golden = Golden.load(path)
     classification = golden.meta["settings"]["classification"]

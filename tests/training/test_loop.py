@@ -33,7 +33,12 @@ def one_device(text_folder, tmp_path_factory):
     return losses(workdir)
 
 
-@pytest.mark.parametrize("name", MESHES)
+QUICK = ("data_fsdp_tensor", "sequence")  # between them they use every axis
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in QUICK else pytest.mark.thorough) for name in MESHES]
+)
 def test_every_mesh_gives_the_losses_of_one_device(name, one_device, text_folder, tmp_path):
     run(experiment(text_folder, steps=5, mesh=MESHES[name]), tmp_path)
     got = losses(tmp_path)

@@ -20,7 +20,16 @@ from tests.training.runs import text_folder  # noqa: F401 (a fixture)
 STEPS = 25
 
 
-@pytest.mark.parametrize("name", sorted(MIXERS))
+# One a paper in every run of the tests, the others in the thorough one.
+QUICK = (
+    "softmax", "forgetting", "cosformer", "softplus", "inverse_distance", "native_hybrid", "tropical", "approx",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=() if name in QUICK else pytest.mark.thorough) for name in sorted(MIXERS)],
+)
 def test_loss_falls(name, text_folder, tmp_path):  # noqa: F811
     base = runs.experiment(text_folder)
     sizes = {k: v for k, v in SMOKE["model"].items() if k != "vocab_size"}

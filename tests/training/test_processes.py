@@ -22,7 +22,7 @@ from tests.programs import LIMIT, start, write_tiny_config
 from tests.training.runs import losses, run
 from tests.training.test_multihost import free_port
 
-pytestmark = pytest.mark.processes
+pytestmark = [pytest.mark.processes, pytest.mark.thorough]
 STEPS = 24
 TIMED = ("seconds", "second", "fraction")  # endings of the names of metrics that no two runs share
 

@@ -40,7 +40,7 @@ def tropical_attention(
     score: str = "hilbert",
     mask: Mask = Mask(causal=False),  # noqa: B008 (frozen)
     bias: Float[Array, "_ _ _ _"] | None = None,
-    slopes: Float[Array, "H"] | None = None,
+    slopes: Float[Array, " H"] | None = None,
     score_scale: float = 1.0,
     smooth_beta: float | jax.Array | None = None,
     context_clip: float | None = None,

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 
-from kernels import masks
+from kernels import dispatch, masks
 from kernels.masks import Mask
 
 SCORES = ("hilbert", "hilbert_asym", "maxplus_dot", "lse_dot")
@@ -112,10 +112,6 @@ def layout(arguments: Arguments) -> Arguments:
     letters = {"q": "b.h.", "k": "b.k.", "v": "b.k.", "slopes": "h", "beta": ""}
     if bias is not None:
         letters["bias"] = ("b" if bias.shape[0] == B else ".") + ("h" if bias.shape[1] == H else ".") + ".."
-    of_mask = {"q_offset": "", "q_segments": "b.", "kv_segments": "b.", "starts": "b", "lengths": "b"}
-    return dataclasses.replace(_letters(arguments, letters), mask=_letters(arguments.mask, of_mask))
-
-
-def _letters(tree, letters):
-    present = {name: text for name, text in letters.items() if getattr(tree, name) is not None}
-    return dataclasses.replace(tree, **present)
+    return dataclasses.replace(
+        dispatch.with_letters(arguments, **letters), mask=dispatch.mask_layout(arguments.mask)
+    )

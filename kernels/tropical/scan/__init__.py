@@ -26,7 +26,7 @@ IMPLEMENTATIONS = (
 def maxplus_scan(
     a: Float[Array, "B T *R"],
     b: Float[Array, "B T *R"],
-    h0: Float[Array, "B *R"] | None = None,
+    h0: Float[Array, " B *R"] | None = None,
     *,
     mask: Mask = Mask(),  # noqa: B008 (frozen)
     return_state: bool = False,

@@ -1,10 +1,10 @@
-"""What every implementation of forgetting attention must satisfy; each test file of an implementation subclasses it.
+"""The shared contract for forgetting attention, with its gates; each test file of an implementation subclasses it.
 
 Letters: B batch, T queries, S keys, H query heads, K key/value heads, D and Dv head sizes.
 """
 
-from dataclasses import dataclass, field
-from functools import cache, partial
+from dataclasses import dataclass
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 
 from kernels.forgetting import BlockSizes, Mask, forgetting_attention
+from tests.kernels import contract
+from tests.kernels.contract import packed
 
 NAMES = ("q", "k", "v", "log_f")
 SMALL = BlockSizes(16, 8)
@@ -38,28 +40,11 @@ jit = partial(
 
 
 @dataclass(frozen=True)
-class Case:
-    """One call: sizes, the fields of the mask and the options."""
+class Case(contract.Case):
+    """A call, with or without gates."""
 
-    T: int
-    S: int
-    H: int = 2
-    K: int = 2
-    D: int = 5
-    Dv: int = 3
-    B: int = 2
     gated: bool = True
-    mask: dict = field(default_factory=dict)
-    options: dict = field(default_factory=dict)
-
-
-def packed(T, S, offset=0):
-    """Two rows of packed documents over S keys, the second with padding at both ends; queries start at `offset`."""
-    j = np.arange(S)
-    rows = np.stack(
-        [1 + (j >= S // 3) + (j >= S // 2), np.where((j < 3) | (j >= S - 4), 0, 1 + (j > S // 2))]
-    )
-    return {"q_segments": rows[:, offset : offset + T].astype(np.int32), "kv_segments": rows.astype(np.int32)}
+    __hash__ = object.__hash__
 
 
 CASES = {
@@ -120,14 +105,6 @@ def value_and_gradients(case, implementation, arrays, cotangents):
     return o, lse, gradients
 
 
-@cache
-def truth(name):
-    """The dense reference of a case in float64: o, lse, gradients as NumPy arrays."""
-    case = CASES[name]
-    with jax.enable_x64(True):
-        return jax.tree.map(np.asarray, value_and_gradients(case, "reference", *operands(case)))
-
-
 def assert_near(actual, expected, bound, what):
     expected = np.asarray(expected, np.float64)
     actual = np.asarray(actual, np.float64)
@@ -138,70 +115,25 @@ def assert_near(actual, expected, bound, what):
     assert error.max() <= bound, f"{what}: largest error {error.max():.1e} > {bound:.0e} at {error.argmax()}"
 
 
-class Contract:
-    """Subclasses set `implementation`."""
+class Contract(contract.OpContract):
+    """The shared contract, and what gates add to it. Subclasses set `implementation`."""
 
-    implementation: str
+    cases = CASES
+    loose = {"global": 1e-4}  # one long sum loses digits
+    bfloat16_tolerance = 2e-2
 
-    @pytest.mark.parametrize("name", CASES)
-    def test_forward_and_every_gradient_match_float64(self, name):
-        case = CASES[name]
-        arrays, cotangents = operands(case, np.float32)
-        o, lse, gradients = value_and_gradients(case, self.implementation, arrays, cotangents)
-        expected_o, expected_lse, expected = truth(name)
-        assert o.dtype == jnp.float32 and lse.dtype == jnp.float32
-        bound = 1e-4 if name == "global" else 2e-5
-        assert_near(o, expected_o, bound, "o")
-        assert_near(lse, expected_lse, bound, "lse")
-        assert set(gradients) == set(expected)
-        for each, gradient in gradients.items():
-            assert_near(gradient, expected[each], bound, f"gradient of {each}")
+    def operands(self, case, rng):
+        log_f = -np.log1p(np.exp(-rng.normal(1.0, 2.0, size=(case.B, case.S, case.H))))
+        return super().operands(case, rng) | ({"log_f": log_f} if case.gated else {})
 
-    @pytest.mark.smoke
-    def test_rows_without_keys_are_zero_with_finite_gradients(self):
-        case = CASES["empty_rows"]
-        o, lse, gradients = value_and_gradients(case, self.implementation, *operands(case, np.float32))
-        assert np.all(np.asarray(o[1, :7]) == 0) and np.all(np.isneginf(lse[1, :7]))
-        assert np.all(np.isfinite(lse[1, 7:])) and np.all(np.asarray(o[1, 7:]) != 0)
-        for name, gradient in gradients.items():
-            assert np.all(np.isfinite(gradient)), name
-        assert np.all(np.asarray(gradients["q"][1, :7]) == 0)
-        for name in ("k", "v"):
-            assert np.all(np.asarray(gradients[name][1, :33]) == 0), name
-
-    def test_bfloat16(self):
-        case = CASES["sixty_three"]
-        arrays, cotangents = operands(case, np.float32)
-        low = [jnp.asarray(x, jnp.bfloat16) for x in arrays[:3]]
-        wide = [x.astype(jnp.float32) for x in low]
-        o, lse, gradients = value_and_gradients(case, self.implementation, [*low, arrays[3]], cotangents)
-        exact = value_and_gradients(case, "reference", [*wide, arrays[3]], cotangents)
-        assert (
-            o.dtype == jnp.bfloat16 and lse.dtype == jnp.float32 and gradients["log_f"].dtype == jnp.float32
-        )
-        for name, actual, expected in [("o", o, exact[0]), ("lse", lse, exact[1])] + [
-            (name, gradients[name], exact[2][name]) for name in NAMES
-        ]:
-            error = np.abs(np.asarray(actual, np.float32) - expected).max() / np.abs(expected).max()
-            assert error < 2e-2, f"{name}: {error:.1e}"
-
-    def test_jit_vmap_remat_and_repetition_change_nothing(self):
-        case = CASES["segments"]
-        arrays, (do, _) = operands(case, np.float32)
-        do = jnp.asarray(do, jnp.float32)
-
-        def gradient(arrays, wrap=lambda f: f):
-            call = wrap(lambda *a: attend(case, self.implementation, a)[0])
-            return jax.grad(lambda a: (call(*a) * do).sum())(arrays)
-
-        compiled = jit(gradient)
-        plain, again = compiled(arrays), compiled(arrays)
-        remat = jit(lambda a: gradient(a, jax.checkpoint))(arrays)
-        mapped = jit(jax.vmap(gradient))(jax.tree.map(lambda x: np.stack([x, 2 * x]), arrays))
-        for n, name in enumerate(NAMES):
-            np.testing.assert_array_equal(plain[n], again[n], name)
-            assert_near(remat[n], plain[n], 1e-6, f"remat {name}")
-            assert_near(mapped[n][0], plain[n], 1e-5, f"vmap {name}")
+    def call(self, case, implementation, operands):
+        log_f = operands.get("log_f")
+        wide = jnp.promote_types(jnp.float32, operands["q"].dtype)
+        o, lse = forgetting_attention(
+            operands["q"], operands["k"], operands["v"], None if log_f is None else jnp.asarray(log_f, wide),
+            mask=self.mask(case), return_lse=True, implementation=implementation, **case.options,
+        )  # fmt: skip
+        return {"o": o, "lse": lse}
 
     def test_vmap_over_a_traced_offset(self):
         case = CASES["traced_chunk"]

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, Mesh
 
-from tests.kernels.forgetting.contract import Case, assert_near, operands, packed, value_and_gradients
+from tests.kernels.contract import packed
+from tests.kernels.forgetting.contract import Case, assert_near, operands, value_and_gradients
 
 AXES = ("data", "fsdp", "sequence", "tensor")
 
