@@ -157,7 +157,14 @@ def test_pattern_options_win_over_the_mixers_defaults():
 
 
 @pytest.mark.parametrize(
-    ("remat", "scan_layers"), [("block", True), ("parts", True), ("dots", True), ("parts", False)]
+    ("remat", "scan_layers"),
+    [
+        ("parts", True),
+        *(
+            pytest.param(*values, marks=pytest.mark.thorough)
+            for values in (("block", True), ("dots", True), ("parts", False))
+        ),
+    ],
 )
 def test_rematerialisation_recomputes_and_changes_nothing(remat, scan_layers):
     config = change(scan_layers=scan_layers, layers="forgetting", num_layers=2)

@@ -275,6 +275,7 @@ def test_scanned_and_unrolled_layers_are_the_same_function():
     near(run(plain, unrolled), run(scanned))
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("remat", ["block", "parts"])
 def test_rematerialisation_changes_nothing(remat):
     config = two("rndemb_qk")
@@ -302,7 +303,7 @@ def test_bfloat16_stays_close():
     assert 0 < np.abs(wide - narrow).max() / np.abs(wide).max() < 6e-2
 
 
-@pytest.mark.parametrize("scan_layers", [False, True])
+@pytest.mark.parametrize("scan_layers", [False, pytest.param(True, marks=pytest.mark.thorough)])
 def test_compiled_maps_replace_the_streams(scan_layers):
     config = two("rndemb_qk + fixedseq_qk", scan_layers=scan_layers, num_layers=4 if scan_layers else 2)
     params, lm, starts = initial(config), model(config), jnp.array([0, 4, 11])
@@ -378,7 +379,7 @@ def test_bad_streams_are_refused(streams, message):
 # --- dropped layers ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("scan_layers", [False, True])
+@pytest.mark.parametrize("scan_layers", [False, pytest.param(True, marks=pytest.mark.thorough)])
 def test_dropped_layers_are_the_model_of_the_others(scan_layers):
     config = two("rndemb_qk + softmax + fixedseq_qk", scan_layers=scan_layers)
     params = initial(config)

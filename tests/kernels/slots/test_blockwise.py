@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from kernels.slots import ChunkSizes, slot_attention
 from tests.kernels.contract import relative_error
@@ -13,6 +14,7 @@ class TestBlockwise(SlotContract):
     implementation = "blockwise"
 
 
+@pytest.mark.thorough
 def test_any_chunk_sizes_give_the_same():
     contract, results = SlotContract(), []
     with jax.enable_x64(True):
