@@ -3,7 +3,7 @@
     python train.py --config=configs/softplus.py:lssar-p15-124m --config.training.mesh.fsdp=8
     python train.py --config=configs/softplus.py:lssar-p15-bytes
     python train.py --config=configs/softplus.py:smoke
-    python eval.py --workdir=RUN --eval=held_out --config.eval.sequence_length=8192
+    python eval.py --workdir=RUN --eval=held_out --set eval.sequence_length=8192
 
 Presets: {softmax,sigmoid,relu,lssa,lssar-p3,lssar-p15,softmax-p15,sigmoid-l1-p15,unit-softmax,ssmax}-{124m,bytes};
 after a comma `smoke` shrinks any of them, and `llmc` takes the second recipe below.
@@ -16,8 +16,9 @@ and a warm-down over the last 2048 (theirs is linear, ours 1 - sqrt); `llmc` has
 Data here is any TFDS set, with a tokeniser file of yours (`--config.data.source=... --config.data.tokenizer=hf:...`).
 Not run at this size here: only the parameter counts and the smoke form are tested.
 
-bytes. Three layers of 128 on bytes, trained at length 128 for 1500 steps: minutes on two CPU cores. What to look for:
-lssar-p15 stays flat to 4 x the training length, softmax does not, and unit-softmax, the control, comes close to lssar.
+bytes. Three layers of 128 on bytes, trained at length 128 for 1500 steps. The question for it: does lssar-p15 stay
+flat to 4 x the training length where softmax does not, and how close does unit-softmax, the control, come? Not run to
+its end here, so there is no number to expect.
 """
 
 from attnlab.config import default_config, to_config_dict, with_variant
