@@ -17,6 +17,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType, PartitionSpec
 
+from kernels import pallas
+
 ACCELERATORS = ("tpu", "cuda", "rocm")
 BATCH_AXES = ("data", "fsdp")
 HEAD_AXIS = "tensor"
@@ -49,7 +51,8 @@ def run(implementations: Sequence[Implementation], name: str | None, arguments: 
     reasons = {each.name: each.why_unsupported(arguments) for each in implementations}
     usable = [each for each in implementations if reasons[each.name] is None]
     if name is not None:
-        return _named(implementations, name, reasons)(arguments)
+        here = {each.name: reasons[each.name] or _why_not_here(each) for each in implementations}
+        return _named(implementations, name, here)(arguments)
     first = {p: next((e for e in usable if p in e.platforms), None) for p in ("cpu", *ACCELERATORS)}
     if first["cpu"] is None:
         raise ValueError(f"no implementation can run on these arguments: {_sentences(reasons)}")
@@ -104,6 +107,11 @@ def with_letters(tree: Any, **letters: str) -> Any:
 def mask_layout(mask: Any) -> Any:
     """The layout of a `kernels.masks.Mask`."""
     return with_letters(mask, q_offset="", q_segments="b.", kv_segments="b.", starts="b", lengths="b")
+
+
+def _why_not_here(implementation):
+    """A kernel for one platform can be named there only; see `kernels.pallas`."""
+    return pallas.why_not_here(implementation.platforms[0]) if len(implementation.platforms) == 1 else None
 
 
 def _named(implementations, name, reasons):
