@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV   ?= .venv
 ARGS   ?=
 
-.PHONY: train test thorough lint smoke clean
+.PHONY: train test thorough lint smoke report clean
 .DEFAULT_GOAL := train
 
 # Train the small Forgetting Transformer of configs/quickstart.py; run it again to resume.
@@ -27,8 +27,16 @@ lint: $(VENV)/.test
 smoke: $(VENV)/.test
 	$(VENV)/bin/python -m pytest -n 2 -m smoke $(ARGS)
 
+# Compile every Pallas kernel for TPUs and GPUs that need not be here, and write what the compilers say: docs/kernels.md
+report: $(VENV)/.test $(VENV)-cuda/.installed
+	$(VENV)/bin/python -m kernels.report --out=docs/kernels/tpu.json
+	PATH="$$($(VENV)-cuda/bin/python -c 'import nvidia.cuda_nvcc as p; print(p.__path__[0])')/bin:$$PATH" \
+	  $(VENV)-cuda/bin/python -m kernels.report --targets=sm_80,sm_90 --out=docs/kernels/cuda.json
+	$(VENV)/bin/python -m kernels.report.comparison --out=docs/kernels/comparison.json
+	$(VENV)/bin/python -m kernels.report --page docs/kernels/comparison.json docs/kernels/tpu.json docs/kernels/cuda.json > docs/kernels.md
+
 clean:
-	rm -rf $(VENV)
+	rm -rf $(VENV) $(VENV)-cuda
 
 $(VENV)/bin/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, this is " + sys.version.split()[0])'
@@ -40,4 +48,11 @@ $(VENV)/.run: requirements.txt $(VENV)/bin/python
 
 $(VENV)/.test: tests/requirements.txt $(VENV)/.run
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -r tests/requirements.txt
+	touch $@
+
+# The CUDA plugin reports missing drivers wherever it is installed, so it has an environment to itself.
+$(VENV)-cuda/.installed: $(VENV)/.test
+	$(PYTHON) -m venv $(VENV)-cuda
+	$(VENV)-cuda/bin/python -m pip install --quiet --disable-pip-version-check absl-py jaxtyping nvidia-cuda-nvcc-cu12 \
+	  $$($(VENV)/bin/python -c 'import jax; print(f"jax=={jax.__version__} jax-cuda12-plugin=={jax.__version__}")')
 	touch $@

@@ -4,13 +4,15 @@ An implementation is a function of one argument tree (a registered dataclass of 
 for the best one of the platform compiled for; a name asks for that one or for an error that says why not. Under a mesh
 (`with jax.set_mesh(mesh)`) the operation runs in `jax.shard_map`, because a kernel is opaque to the partitioner.
 
-Letters of a layout string, one per array axis: b batch, h query heads, k key/value heads, anything else not sharded.
+Letters of a layout string, one per array axis: b batch, h query heads, k key/value heads, t time of queries, s time of
+keys, anything else not sharded.
 """
 
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
@@ -18,10 +20,12 @@ import jax.numpy as jnp
 from jax.sharding import AxisType, PartitionSpec
 
 from kernels import pallas
+from kernels.sequence import Axis, Exchange
 
 ACCELERATORS = ("tpu", "cuda", "rocm")
 BATCH_AXES = ("data", "fsdp")
 HEAD_AXIS = "tensor"
+TIME_AXIS = "sequence"
 
 
 @dataclass(frozen=True)
@@ -60,20 +64,28 @@ def run(implementations: Sequence[Implementation], name: str | None, arguments: 
     return _by_platform(special, first["cpu"].function, arguments)
 
 
-def over_mesh(operation: Callable[[Any], Any], arguments: Any, layout: Any, out_layout: Any) -> Any:
-    """Runs `operation(arguments)` on each device's share of batch and heads; the sequence axis is never split.
+def over_mesh(
+    operation: Callable[[Any], Any],
+    arguments: Any,
+    layout: Any,
+    out_layout: Any,
+    sequence: tuple[Exchange, ...] = (),
+) -> Any:
+    """Runs `operation(arguments)` on each device's share of batch, heads and, where it has an exchange, time.
 
     Batch goes to the mesh axes "data" and "fsdp", heads to "tensor". An axis that does not divide its dimension is not
     used for it: every device along it then computes the same. If "tensor" divides the query heads and is a multiple of
     the key/value heads, each key/value head is copied to the devices whose query heads read it; if it fits neither way,
-    heads are not split. Operands enter whole along "sequence". No mesh, a mesh of one device, or axes that are already
-    manual (inside another shard_map) leave the operation as it is.
+    heads are not split. Time goes to "sequence" by the first of the exchanges that fits; if none does (the axis does
+    not divide T or S, as in a step of decoding, or they cannot honour the mask) operands enter whole along it. No mesh,
+    a mesh of one device, or axes that are already manual (inside another shard_map) leave the operation as it is.
 
     Args:
         operation: a function of the argument tree that works on local sizes.
         arguments: the tree; Python numbers in it stay Python numbers.
         layout: the same tree with a layout string for every leaf.
         out_layout: a tree of layout strings for the result.
+        sequence: how shards of time work together, see `kernels.sequence`; in order of preference.
     """
     mesh = jax.sharding.get_abstract_mesh()
     kinds = {} if mesh.empty else dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
@@ -81,7 +93,21 @@ def over_mesh(operation: Callable[[Any], Any], arguments: Any, layout: Any, out_
     if math.prod(free.values()) == 1:
         return operation(arguments)
     operands, letters, rebuild = _arrays(arguments, layout)
-    axes, copies = _mesh_axes(free, _sizes(operands, letters))
+    sizes = _sizes(operands, letters)
+    axes, copies = _mesh_axes(free, sizes)
+    time = Axis(TIME_AXIS, free.get(TIME_AXIS, 1))
+    exchange, whole = _exchange(sequence, arguments, sizes, time.size), ""
+    if exchange is not None:
+        # What an exchange wants whole is gathered inside: its gradient then comes back in shards, not as a sum for all.
+        whole = "".join(x for x in "ts" if x not in exchange.letters and sizes.get(x, 1) % time.size == 0)
+        axes |= dict.fromkeys(exchange.letters + whole, TIME_AXIS)
+        operation = partial(exchange.function, operation, axis=time)
+
+    def local(*shards):
+        return operation(
+            rebuild([_gather(x, text, whole, time) for x, text in zip(shards, letters, strict=True)])
+        )
+
     specs = tuple(_spec(text, axes) for text in letters)
     operands = [_copy_heads(x, text, copies) for x, text in zip(operands, letters, strict=True)]
     if all(
@@ -90,7 +116,7 @@ def over_mesh(operation: Callable[[Any], Any], arguments: Any, layout: Any, out_
         operands = [jax.reshard(x, spec) for x, spec in zip(operands, specs, strict=True)]
     # The loops inside start from constants, which the varying-axes check would reject; gradients stay right without it.
     return jax.shard_map(
-        lambda *shards: operation(rebuild(shards)),
+        local,
         in_specs=specs,
         out_specs=jax.tree.map(lambda text: _spec(text, axes), out_layout),
         axis_names=set(free),
@@ -106,7 +132,7 @@ def with_letters(tree: Any, **letters: str) -> Any:
 
 def mask_layout(mask: Any) -> Any:
     """The layout of a `kernels.masks.Mask`."""
-    return with_letters(mask, q_offset="", q_segments="b.", kv_segments="b.", starts="b", lengths="b")
+    return with_letters(mask, q_offset="", q_segments="bt", kv_segments="bs", starts="b", lengths="b")
 
 
 def _why_not_here(implementation):
@@ -174,6 +200,24 @@ def _mesh_axes(free, sizes):
     if tensor == 1 or heads % tensor or (kv_heads % tensor and tensor % kv_heads):
         return {"b": tuple(batch)}, 1
     return {"b": tuple(batch), "h": HEAD_AXIS, "k": HEAD_AXIS}, max(1, tensor // kv_heads)
+
+
+def _exchange(candidates, arguments, sizes, devices):
+    """The first way to split time over `devices` that divides the lengths and honours the arguments, or None."""
+    for each in candidates if devices > 1 else ():
+        if all(sizes.get(letter, 0) % devices == 0 for letter in each.letters) and each.fits(
+            arguments, devices
+        ):
+            return each
+    return None
+
+
+def _gather(leaf, text, whole, axis):
+    """A shard with the time axes named in `whole` put together from all devices."""
+    for letter in whole:
+        if letter in text:
+            leaf = jax.lax.all_gather(leaf, axis.name, axis=text.index(letter), tiled=True)
+    return leaf
 
 
 def _copy_heads(leaf, text, copies):

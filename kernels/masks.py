@@ -122,6 +122,39 @@ def visible_blocks(mask: Mask, T: int, S: int, block_q: int, block_k: int) -> ja
     return needed
 
 
+def clear_blocks(mask: Mask, T: int, S: int, block_q: int, block_k: int) -> jax.Array:
+    """Blocks in which every pair is visible, so that no mask need be applied; shaped as `visible_blocks`.
+
+    Rows past T do not count, keys past S are never visible.
+    """
+    top, left = jnp.arange(0, T, block_q), jnp.arange(0, S, block_k)
+    bottom, right = jnp.minimum(top + block_q, T) - 1, left + block_k - 1
+    oldest, newest = (mask.q_offset + top)[:, None], (mask.q_offset + bottom)[:, None]
+    clear = ((right < S) & (right <= oldest if mask.causal else jnp.ones((len(top), len(left)), bool)))[None]
+    if mask.window is not None:
+        clear &= newest - left < mask.window
+    if mask.starts is not None:
+        clear &= left >= mask.starts[:, None, None]
+    if mask.lengths is not None:
+        clear &= right < mask.lengths[:, None, None]
+    if mask.q_segments is not None:
+        (q_low, q_high), (k_low, k_high) = (_all_segments(x, n) for x, n in
+                                            ((mask.q_segments, block_q), (mask.kv_segments, block_k)))  # fmt: skip
+        one = jnp.where((q_low == q_high) & (q_low != 0), q_low, -1)[:, :, None]
+        clear &= (one == k_low[:, None, :]) & (one == k_high[:, None, :])
+    return clear
+
+
+def clear_range(clear: jax.Array, axis: int = -1) -> tuple[jax.Array, jax.Array]:
+    """The first run of True along an axis, first and end, int32 without that axis; (0, 0) if there is none."""
+    clear = jnp.moveaxis(clear, axis, -1)
+    first = jnp.argmax(clear, axis=-1)
+    later_gap = ~clear & (jnp.arange(clear.shape[-1]) > first[..., None])
+    end = jnp.where(later_gap.any(-1), jnp.argmax(later_gap, axis=-1), clear.shape[-1])
+    some = clear.any(-1)
+    return jnp.where(some, first, 0).astype(jnp.int32), jnp.where(some, end, 0).astype(jnp.int32)
+
+
 def key_block_range(blocks: jax.Array) -> tuple[jax.Array, jax.Array]:
     """First and end key block of each query block: two int32 [..., nq] from bool [..., nq, nk]; (0, 0) if none."""
     return _extent(blocks, axis=-1)
@@ -158,6 +191,13 @@ def _segment_range(segments, block):
     padded = jnp.pad(segments, ((0, 0), (0, -segments.shape[1] % block)))
     chunks = padded.reshape(padded.shape[0], -1, block)
     return jnp.where(chunks == 0, LARGEST, chunks).min(-1), jnp.where(chunks == 0, -1, chunks).max(-1)
+
+
+def _all_segments(segments, block):
+    """Smallest and largest segment of each block, padding (0) included, two [B, blocks]."""
+    padded = jnp.pad(segments, ((0, 0), (0, -segments.shape[1] % block)), mode="edge")
+    chunks = padded.reshape(padded.shape[0], -1, block)
+    return chunks.min(-1), chunks.max(-1)
 
 
 def _extent(blocks, axis):

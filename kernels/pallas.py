@@ -18,7 +18,7 @@ _target: ContextVar[str | None] = ContextVar("target", default=None)
 
 @contextlib.contextmanager
 def interpreted(how: Any = True):
-    """Pallas kernels traced inside are simulated: True (fast) or a `pltpu.InterpretParams` (finds races and the like)."""
+    """Pallas kernels traced inside are simulated: True (fast), or a `pltpu.InterpretParams` (finds races)."""
     token = _interpret.set(how)
     try:
         yield
@@ -47,6 +47,6 @@ def why_not_here(platform: str) -> str | None:
     if _interpret.get() is not False or here == platform:
         return None
     return (
-        f"it is compiled for {platform} and this is {here}; trace it under kernels.pallas.interpreted() to simulate it, "
-        f'or under kernels.pallas.compiling_for("{platform}") to compile for that target'
+        f"it is compiled for {platform} and this is {here}; trace it under kernels.pallas.interpreted() to simulate "
+        f'it, or under kernels.pallas.compiling_for("{platform}") to compile for that target'
     )

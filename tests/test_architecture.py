@@ -12,7 +12,7 @@ MAY_IMPORT = {
     "attnlab/attention": ("kernels",),
     "attnlab/models": ("attnlab.attention", "kernels"),
     "attnlab/data": (),
-    "attnlab/objectives": ("attnlab.models", "attnlab.attention"),
+    "attnlab/objectives": ("attnlab.models", "attnlab.attention", "kernels"),
     "attnlab/training": ("attnlab.objectives", "attnlab.data.hosts"),
     "attnlab/evaluation": (
         "attnlab.config",

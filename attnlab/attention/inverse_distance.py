@@ -31,21 +31,27 @@ from attnlab.attention.rotary import rotate
 from attnlab.attention.softmax import alibi_slopes
 from kernels.masks import Mask
 from kernels.signatures import Array, Float, checked
-from kernels.streaming import IMPLEMENTATIONS, product, streaming_attention
+from kernels.streaming import IMPLEMENTATIONS, streaming_attention
 
 FORMS = ("official", "rq")
 
 
-def squared_distances(q: jax.Array, k: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """|q_i - k_j|^2 of q [T, D] and k [S, D], not below 0, and the size of its rounding error: two [T, S].
+def squared_norms(x: jax.Array) -> jax.Array:
+    """|x|^2 over the last axis, in float32 at least, of the vectors as they are rounded.
 
-    Norms are taken in float32 at least from the operands as they are rounded, which makes the result the exact
-    distance of the rounded vectors up to the second array; norms of unrounded vectors would spoil near hits.
+    So distances are those of the rounded vectors; norms of unrounded vectors would spoil near hits.
     """
-    wide = jnp.promote_types(jnp.float32, q.dtype)
-    norms = jnp.sum(q.astype(wide) ** 2, -1)[:, None] + jnp.sum(k.astype(wide) ** 2, -1)[None, :]
-    error = math.sqrt(q.shape[-1]) * jnp.finfo(wide).eps * norms
-    return jnp.maximum(norms - 2 * product(q, k), 0), jax.lax.stop_gradient(error)
+    return jnp.sum(x.astype(jnp.promote_types(jnp.float32, x.dtype)) ** 2, -1)
+
+
+def squared_distances(x: jax.Array, q2: jax.Array, k2: jax.Array, D: int) -> tuple[jax.Array, jax.Array]:
+    """|q_i - k_j|^2, not below 0, and the size of its rounding error: two [T, S].
+
+    From the products x = q.k [T, S] of vectors of D numbers and their `squared_norms` q2 [T, 1] and k2 [1, S].
+    """
+    norms = q2 + k2
+    error = math.sqrt(D) * jnp.finfo(x.dtype).eps * norms
+    return jnp.maximum(norms - 2 * x, 0), jax.lax.stop_gradient(error)
 
 
 def raise_distance(r2: jax.Array, error: jax.Array, power: float | jax.Array) -> jax.Array:
@@ -59,20 +65,25 @@ def raise_distance(r2: jax.Array, error: jax.Array, power: float | jax.Array) ->
 
 @dataclass(frozen=True)
 class InverseDistance:
-    """log w of a block as a score of `kernels.streaming`; further arguments: eps, power unless fixed, ALiBi slope."""
+    """log w as a score of `kernels.streaming` for vectors of D numbers.
 
+    of_rows and of_cols are the squared norms of queries and keys; extras eps, power unless fixed, ALiBi slope if any.
+    """
+
+    D: int
     form: str = "official"
     power: float | None = None  # None: an array, given beside eps
     exclude_self: bool = False
 
-    def __call__(self, q, k, rows, cols, eps, *rest):
+    def __call__(self, x, rows, cols, of_rows, of_cols, extras):
+        eps, *rest = extras
         power, slope = (rest[0], rest[1:]) if self.power is None else (self.power, rest)
-        r2, error = squared_distances(q, k)
+        r2, error = squared_distances(x, *of_rows, *of_cols, self.D)
         if self.form == "rq" or self.power == 2:
             s = -(power / 2) * jnp.log(eps + r2)
         else:
             s = -jnp.log(eps + raise_distance(r2, error, power))
-        behind = rows[:, None] - cols[None, :]
+        behind = rows - cols
         if slope:
             s = s - slope[0] * jnp.abs(behind).astype(s.dtype)
         return jnp.where(behind == 0, -jnp.inf, s) if self.exclude_self else s
@@ -128,12 +139,22 @@ def inverse_distance_attention(
         of_queries, of_keys = centers(k, mask, q.shape[1])
         q, k = q - jnp.repeat(of_queries, q.shape[2] // k.shape[2], axis=2), k - of_keys
     fixed = isinstance(power, (int, float))
-    score = InverseDistance(form, float(power) if fixed else None, exclude_self)
+    score = InverseDistance(q.shape[-1], form, float(power) if fixed else None, exclude_self)
     wide = jnp.promote_types(jnp.float32, q.dtype)
     extras = (eps, *(() if fixed else (power,)), *(() if slopes is None else (slopes,)))
     extras = tuple(jnp.broadcast_to(jnp.asarray(x, wide), q.shape[2:3]) for x in extras)
+    q2, k2 = squared_norms(q), jnp.repeat(squared_norms(k), q.shape[2] // k.shape[2], axis=2)
     return streaming_attention(
-        score, q, k, v, extras, mask=mask, return_lse=return_log_z, implementation=implementation
+        score,
+        q,
+        k,
+        v,
+        (q2,),
+        (k2,),
+        extras,
+        mask=mask,
+        return_lse=return_log_z,
+        implementation=implementation,
     )
 
 

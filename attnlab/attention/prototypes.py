@@ -22,7 +22,12 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 
-from attnlab.attention.inverse_distance import InverseDistance, raise_distance, squared_distances
+from attnlab.attention.inverse_distance import (
+    InverseDistance,
+    raise_distance,
+    squared_distances,
+    squared_norms,
+)
 from kernels.masks import Mask
 from kernels.signatures import Array, Bool, Float, checked
 from kernels.streaming import DotProduct, product, streaming_attention
@@ -32,14 +37,15 @@ METHODS = ("idw", "dot", "dot-sqrtd", "cosine", "neg-dist", "exp-neg-dist", "inv
 
 @dataclass(frozen=True)
 class DistanceScore:
-    """The baselines' scores of a distance: "neg-dist", "exp-neg-dist" or "inv-dist"."""
+    """The baselines' scores of a distance in F dimensions: "neg-dist", "exp-neg-dist" or "inv-dist"."""
 
+    F: int
     method: str
     eps: float
     power: float
 
-    def __call__(self, q, k, rows, cols):
-        raised = raise_distance(*squared_distances(q, k), self.power)
+    def __call__(self, x, rows, cols, of_rows, of_cols, extras):
+        raised = raise_distance(*squared_distances(x, *of_rows, *of_cols, self.F), self.power)
         if self.method == "neg-dist":
             return -raised
         return jnp.exp(-0.5 * raised) if self.method == "exp-neg-dist" else 1 / (self.eps + raised)
@@ -84,7 +90,7 @@ def idw_network(
         hidden = hidden if active is None else jnp.where(active, hidden, 0)
         return jnp.matmul(hidden, values.astype(hidden.dtype), precision="highest").astype(x.dtype)
     count = len(keys) if active is None else jnp.maximum(jnp.sum(active), 1)
-    score, scale = _score(method, float(eps), float(power), x.shape[1])
+    score, extras = _score(method, float(eps), float(power), x.shape[1])
     if method == "cosine":
         x, keys = _directions(x) / temperature, _directions(keys)
     elif method == "dot":  # the count may be traced, so it cannot be part of the score
@@ -93,20 +99,22 @@ def idw_network(
     if active is not None:
         segments = jnp.ones((1, len(x)), jnp.int32), active.astype(jnp.int32)[None]
         mask = Mask(causal=False, q_segments=segments[0], kv_segments=segments[1])
-    heads = (each[None, :, None, :] for each in (x, keys, values))
-    extras = () if scale is None else (scale,)
-    return streaming_attention(score, *heads, extras, mask=mask, implementation=implementation)[0, :, 0]
+    x, keys, values = (each[None, :, None, :] for each in (x, keys, values))
+    norms = () if isinstance(score, DotProduct) else ((squared_norms(x),), (squared_norms(keys),), extras)
+    return streaming_attention(score, x, keys, values, *norms, mask=mask, implementation=implementation)[
+        0, :, 0
+    ]
 
 
 def _score(method, eps, power, F):
-    """The block score of a method, and its extra operand [1] or None."""
+    """The score of a method, and its extra operands [1]."""
     if method == "idw":
-        return InverseDistance("official", power), jnp.full(1, eps)
+        return InverseDistance(F, "official", power), (jnp.full(1, eps),)
     if method == "dot-sqrtd":
-        return DotProduct(F**-0.5), None
+        return DotProduct(F**-0.5), ()
     if method in ("dot", "cosine"):
-        return DotProduct(1.0), None
-    return DistanceScore(method, eps, power), None
+        return DotProduct(1.0), ()
+    return DistanceScore(F, method, eps, power), ()
 
 
 def _directions(x):

@@ -29,7 +29,7 @@ from kernels.dispatch import Implementation
 from kernels.masks import Mask
 from kernels.signatures import Array, Float, checked
 from kernels.streaming import IMPLEMENTATIONS as STREAMING
-from kernels.streaming import product, streaming_attention
+from kernels.streaming import streaming_attention
 
 FORMS = ("full", "diag_joint", "diag_separate")
 LEAST = 1e-6  # of a denominator's absolute value
@@ -53,8 +53,8 @@ class TaylorScore:
 
     scale: float
 
-    def __call__(self, q, k, rows, cols):
-        s = self.scale * product(q, k)
+    def __call__(self, x, rows, cols, of_rows, of_cols, extras):
+        s = self.scale * x
         return jnp.log1p(s * (1 + s / 2))
 
 

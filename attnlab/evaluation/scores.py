@@ -15,7 +15,7 @@ import numpy as np
 from jax.sharding import PartitionSpec as P
 
 from attnlab.evaluation.evaluator import Context
-from attnlab.objectives.language_modelling import LanguageModelling, token_losses
+from attnlab.objectives.language_modelling import LanguageModelling
 
 Array = jax.Array
 
@@ -52,12 +52,11 @@ def _dispatch(context: Context, batch: dict[str, Array]) -> dict[str, Array]:
 
 @functools.partial(jax.jit, static_argnums=0)
 def _score(objective: "Static", params: Any, batch: dict[str, Array]) -> dict[str, Array]:
-    logits = objective.value.logits(params, batch)
-    nll, _ = token_losses(logits, batch["targets"])
+    said = objective.value.log_probs(params, batch, return_entropy=False, return_argmax=True)
     weights = batch["weights"]
     scores = {
-        "nll": jnp.where(weights > 0, nll * weights, 0),  # where: at padding the loss may be infinite
-        "hits": (jnp.argmax(logits, axis=-1) == batch["targets"]) * weights,
+        "nll": jnp.where(weights > 0, -said.logp * weights, 0),  # where: at padding the loss may be infinite
+        "hits": (said.argmax == batch["targets"]) * weights,
         "weights": weights,
         "bytes": batch["bytes"] * weights,
         "document": batch["document"],

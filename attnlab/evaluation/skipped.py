@@ -24,14 +24,8 @@ class SkippedLanguageModelling(LanguageModelling):
 
     drop_layers: tuple[int, ...] = ()
 
-    def logits(self, params: Any, batch: dict[str, jax.Array]) -> jax.Array:
-        return self.module.apply(
-            {"params": params},
-            batch["tokens"],
-            positions=batch["positions"],
-            segments=batch["segments"],
-            drop_layers=self.drop_layers,
-        )
+    def inputs(self, batch: dict[str, jax.Array]) -> dict[str, Any]:
+        return super().inputs(batch) | {"drop_layers": self.drop_layers}
 
 
 def replaced_layers(model: ModelConfig, kept: tuple[str, ...] = KEPT) -> tuple[int, ...]:

@@ -19,12 +19,13 @@ from attnlab.models.blocks import Period, param_dtype
 from attnlab.models.config import DTYPES, ModelConfig
 from attnlab.models.placement import constrain_hidden
 from attnlab.models.streams import AUXILIARY, MAPS, Context, poison_beyond, random_rows
+from kernels.log_prob import TokenLogProbs, token_log_probs
 
 Array = jax.Array
 
 
 class LanguageModel(nn.Module):
-    """tokens [B, T] -> logits [B, T, V]; `init_cache` and `decode` for generation."""
+    """tokens [B, T] -> logits [B, T, V]; `log_probs` without them; `init_cache` and `decode` for generation."""
 
     config: ModelConfig
 
@@ -70,6 +71,22 @@ class LanguageModel(nn.Module):
 
         ValueError for more positions than the auxiliary streams have rows; NaN logits where only the device can tell.
         """
+        return self.logits(
+            self.hidden(
+                tokens, positions=positions, segments=segments, starts=starts, drop_layers=drop_layers
+            )
+        )
+
+    def hidden(
+        self,
+        tokens: Array,
+        *,
+        positions: Array | None = None,
+        segments: Array | None = None,
+        starts: Array | None = None,
+        drop_layers: Collection[int] = (),
+    ) -> Array:
+        """What the last block leaves, [B, T, C]: the input of `logits` and `head_log_probs`. Arguments as above."""
         x = constrain_hidden(self.embed(tokens))
         streams, context = self._streams(x, positions, segments, starts)
         kept = kept_layers(self.config, drop_layers)
@@ -78,11 +95,34 @@ class LanguageModel(nn.Module):
         else:
             for index, period in enumerate(self.layers):
                 streams, _ = period(streams, context, None if kept is None else kept[index])
-        logits = self.logits(constrain_hidden(streams["main"]))
+        x = constrain_hidden(streams["main"])
         if context.rows is None:
-            return logits
-        capacity = self.config.streams.capacity(self.config.auxiliary())
-        return poison_beyond(logits, context.rows, segments, capacity)
+            return x
+        return poison_beyond(x, context.rows, segments, self.config.streams.capacity(self.config.auxiliary()))
+
+    def log_probs(
+        self,
+        tokens: Array,
+        labels: Array,
+        *,
+        temperature: float = 1.0,
+        return_entropy: bool = True,
+        return_argmax: bool = False,
+        implementation: str | None = None,
+        **inputs,
+    ) -> TokenLogProbs:
+        """`head_log_probs` of `hidden(tokens, **inputs)`: what the model says about labels int32 [B, T].
+
+        The logits [B, T, V] never exist.
+        """
+        return self.head_log_probs(
+            self.hidden(tokens, **inputs),
+            labels,
+            temperature=temperature,
+            return_entropy=return_entropy,
+            return_argmax=return_argmax,
+            implementation=implementation,
+        )
 
     def _streams(self, x: Array, positions, segments, starts) -> tuple[dict[str, Array], Context]:
         """Layer 0 of all streams, and what blocks are told beside them."""
@@ -146,6 +186,17 @@ class LanguageModel(nn.Module):
         wide = jnp.promote_types(jnp.float32, x.dtype)
         logits = jnp.einsum("btc,cv->btv", x, head, preferred_element_type=wide)
         return c.logit_soft_cap * jnp.tanh(logits / c.logit_soft_cap) if c.logit_soft_cap else logits
+
+    def head_log_probs(self, x: Array, labels: Array, **options) -> TokenLogProbs:
+        """Final norm and head: x [B, T, C] -> what the `logits` say about labels int32 [B, T], without making them.
+
+        Options are those of `kernels.log_prob.token_log_probs`; every field is [B, T] float32 (or float64).
+        """
+        c = self.config
+        head, vocab_axis = (self.embedding, 0) if c.tie_embeddings else (self.head, 1)
+        return token_log_probs(
+            self.final_norm(x), head, labels, vocab_axis=vocab_axis, soft_cap=c.logit_soft_cap, **options
+        )
 
     def init_cache(self, batch: int, length: int, starts: Array | None = None, fixed_maps: bool = False):
         """Empty caches of all layers for `length` positions; needs no parameters, so call it on the bare model.

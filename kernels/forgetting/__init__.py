@@ -11,8 +11,13 @@ from kernels import dispatch
 from kernels.dispatch import Implementation
 from kernels.forgetting.arguments import Arguments, BlockSizes, canonicalize
 from kernels.forgetting.blockwise import blockwise
+from kernels.forgetting.gpu import pallas_gpu
+from kernels.forgetting.gpu import why_unsupported as why_not_gpu
 from kernels.forgetting.pruning import acp_delta, acp_end, acp_start, acp_visited_fraction
 from kernels.forgetting.reference import reference
+from kernels.forgetting.sharded import EXCHANGES
+from kernels.forgetting.tpu import pallas_tpu
+from kernels.forgetting.tpu import why_unsupported as why_not_tpu
 from kernels.masks import Mask
 from kernels.signatures import Array, Float, checked
 
@@ -27,7 +32,12 @@ __all__ = [
 ]
 
 # In order of preference; the reference is last because its memory is quadratic in T.
-IMPLEMENTATIONS = (Implementation("blockwise", blockwise), Implementation("reference", reference))
+IMPLEMENTATIONS = (
+    Implementation("pallas_tpu", pallas_tpu, why_not_tpu, ("tpu",)),
+    Implementation("pallas_gpu", pallas_gpu, why_not_gpu, ("cuda",)),
+    Implementation("blockwise", blockwise),
+    Implementation("reference", reference),
+)
 
 
 @checked
@@ -81,7 +91,8 @@ def forgetting_attention(
         ValueError: shapes or dtypes that do not fit, log_f with a non-causal mask, acp_threshold without log_f, an
             unknown decay_mode, or an implementation that does not exist or cannot run here.
 
-    Under `jax.set_mesh`, batch is split over ("data", "fsdp") and heads over "tensor"; the sequence stays whole; see
+    Under `jax.set_mesh`, batch is split over ("data", "fsdp"), heads over "tensor" and time over "sequence", where keys
+    go round in a ring; rows alone are split where queries and keys are not one sequence or blocks are pruned. See
     `kernels.dispatch.over_mesh`.
     """
     arguments = canonicalize(
@@ -90,13 +101,13 @@ def forgetting_attention(
     )  # fmt: skip
     o, lse = dispatch.over_mesh(
         lambda local: dispatch.run(IMPLEMENTATIONS, implementation, local),
-        arguments, _layout(arguments), ("b.h.", "b.h"),
+        arguments, _layout(arguments), ("bth.", "bth"), EXCHANGES,
     )  # fmt: skip
     return (o, lse) if return_lse else o
 
 
 def _layout(arguments: Arguments) -> Arguments:
     """The axis letters of every operand, for `dispatch.over_mesh`."""
-    letters = {"q": "b.h.", "k": "b.k.", "v": "b.k.", "log_f": "b.h", "threshold": "bh"}
+    letters = {"q": "bth.", "k": "bsk.", "v": "bsk.", "log_f": "bsh", "threshold": "bh"}
     mask = dispatch.mask_layout(arguments.mask)
     return dataclasses.replace(dispatch.with_letters(arguments, **letters), mask=mask)

@@ -48,7 +48,9 @@ class Arguments:
     """What every implementation receives.
 
     q [B, T, H, D], k [B, S, K, D], v [B, S, K, Dv] of one float dtype; log_f [B, S, H] in the accumulation dtype with
-    0 at every gate that no visible pair reads, or None; threshold [B, H] (<= 0) or None; lengths in `mask` are [B].
+    0 at every gate that no visible pair reads, or None; threshold [B, H] (<= 0) or None, or [B, H, T] over a
+    piece of the keys (see `sharded.py`); lengths in `mask` are [B]. Unless `sizes_given`, block_sizes are a default,
+    which implementations may replace by their own.
     """
 
     q: jax.Array
@@ -60,6 +62,7 @@ class Arguments:
     scale: float = static()
     decay_mode: str = static()
     block_sizes: BlockSizes = static()
+    sizes_given: bool = static(default=True)
 
     def acp_start(self) -> jax.Array:
         """First key block each query block keeps under `threshold`, int32 [B, H, nq]."""
@@ -89,9 +92,9 @@ def canonicalize(
     if acp_threshold is not None:
         threshold = pruning.acp_delta(acp_threshold, q, k, scale=scale, tolerance=log_pruning_tolerance)
         threshold = threshold.astype(log_f.dtype)
-    return Arguments(
-        q, k, v, log_f, threshold, mask, scale, decay_mode, block_sizes or BlockSizes.choose(T, S)
-    )
+    sizes = block_sizes or BlockSizes.choose(T, S)
+    given = block_sizes is not None
+    return Arguments(q, k, v, log_f, threshold, mask, scale, decay_mode, sizes, given)
 
 
 def _check_shapes(q, k, v):

@@ -110,10 +110,13 @@ _attend.defvjp(_forward, _backward)
 
 
 def _row_terms(dlse, q_offset, dc):
-    """Adds each row's own share of dc: the sum of dS over a row is exactly dlse, [nq, G, Bq] onto [G, S]."""
-    rows = dlse.swapaxes(0, 1).reshape(dlse.shape[1], -1)
+    """Adds each row's own share of dc: the sum of dS over a row is exactly dlse, [nq, G, Bq] onto [G, S].
+
+    Rows past the last key (keys in pieces) have read the gates up to it.
+    """
+    rows, S = dlse.swapaxes(0, 1).reshape(dlse.shape[1], -1), dc.shape[1]
     positions = q_offset + jnp.arange(rows.shape[1])
-    positions = jnp.where(positions < 0, dc.shape[1], positions)
+    positions = jnp.where(positions < 0, S, jnp.minimum(positions, S - 1))
     return dc.at[:, positions].add(rows, mode="drop")
 
 

@@ -44,11 +44,13 @@ def acp_delta(
 def acp_start(log_f: jax.Array, delta: jax.Array, q_offset, T: int, block_q: int, block_k: int) -> jax.Array:
     """First key block that query block m keeps, int32 [B, H, nq]; from log_f [B, S, H] and delta [B, H].
 
+    A delta of every row, [B, H, T], is read at the first row of each block (keys in pieces lie below different ones).
     Padded keys must have log_f = 0. The sums are chunk-local, so the test is exact at any position.
     """
     tops = q_offset + jnp.arange(0, T, block_q)
     gap = decay.gaps(jax.lax.stop_gradient(log_f).swapaxes(1, 2), tops, block_k)
-    start = (gap < delta[:, :, None, None]).sum(-1).astype(jnp.int32)
+    delta = delta[:, :, None] if delta.ndim == 2 else delta[:, :, ::block_q]
+    start = (gap < delta[..., None]).sum(-1).astype(jnp.int32)
     return jax.lax.cummax(start, axis=2)
 
 

@@ -1,7 +1,7 @@
 """The canonical form of a call to linear attention: checked once here, trusted everywhere below.
 
 Letters: B batch, T queries, S keys, H query heads, K key/value heads, D head size of q and k, Dv head size of v,
-E = Dv + 1 columns of a state: the values, then a column of ones whose sum is the denominator.
+E = Dv + 1 columns of a state: the values, then a column of ones whose sum is the denominator (E = Dv without one).
 """
 
 import dataclasses
@@ -23,8 +23,11 @@ def static(**options):
 class State:
     """All keys so far, as seen from position n, the one after the last: Z = sum_s e^{i angle (n - s)} k_s [v_s, 1]^T.
 
+    With decays, each entry has lost what the positions after its key took, up to n - 1.
+
     Attributes:
-        real: [B, K, D, Dv + 1], real part of Z, float32 (float64 for float64 operands).
+        real: [B, K, D, Dv + 1], real part of Z, float32 (float64 for float64 operands); the last column is the
+            denominator's, absent ([B, K, D, Dv]) with denominator=False.
         imag: the same of the imaginary part; None where the angle is 0.
         segment: int32 [B], the document the keys belong to; None outside packed rows.
     """
@@ -41,22 +44,27 @@ class Arguments:
 
     q [B, T, H, D], k [B, S, K, D], v [B, S, K, Dv] of one float dtype, with k and v zero at keys that no query sees
     (padding, segment 0); angle [B or 1, D] (one a channel) or [B or 1, 1] (shared) in the accumulation dtype, or None
-    for 0; allowed bool [B, T, S] or None; state: the keys before position 0, complete (imag as the angle asks, segment
-    as the mask asks), zero where none was given; seen_rows bool [B, T], False for rows of segment 0, or None. In `mask`
-    padding has joined the document before it, and starts and lengths are gone: they are in k and v. aligned: query t
-    stands at key t, in the same document. given_state: False where `state` is only zeros.
+    for 0; key_decay [B, S, K, 1 or D] and value_decay [B, S, K, Dv] in the accumulation dtype, logarithms, 0 at keys
+    that no query sees, or None; allowed bool [B, T, S] or None; state: the keys before position 0, complete (imag as
+    the angle asks, segment as the mask asks), zero where none was given; seen_rows bool [B, T], False for rows of
+    segment 0, or None. In `mask` padding has joined the document before it, and starts and lengths are gone: they are
+    in k, v and the decays. aligned: query t stands at key t, in the same document. given_state: False where `state` is
+    only zeros. denominator: the values have a column of ones beside them.
     """
 
     q: jax.Array
     k: jax.Array
     v: jax.Array
     angle: jax.Array | None
+    key_decay: jax.Array | None
+    value_decay: jax.Array | None
     allowed: jax.Array | None
     state: State
     mask: Mask
     seen_rows: jax.Array | None
     aligned: bool = static()
     given_state: bool = static()
+    denominator: bool = static()
     chunk_size: int | None = static()
 
     @property
@@ -64,8 +72,14 @@ class Arguments:
         """float32, or float64 for float64 operands: weights, sums, states and results."""
         return jnp.promote_types(jnp.float32, self.q.dtype)
 
+    @property
+    def decays(self) -> bool:
+        return self.key_decay is not None or self.value_decay is not None
 
-def canonicalize(q, k, v, *, mask, angle, allowed, initial_state, chunk_size) -> Arguments:
+
+def canonicalize(
+    q, k, v, *, mask, angle, log_key_decay, log_value_decay, allowed, initial_state, denominator, chunk_size
+) -> Arguments:
     """Checks a call and brings it into the one form the implementations share; see the public docstring for errors."""
     (B, T, H, D), (S, K, Dv) = q.shape, v.shape[1:]
     if H % K:
@@ -80,6 +94,16 @@ def canonicalize(q, k, v, *, mask, angle, allowed, initial_state, chunk_size) ->
         )
     if chunk_size is not None and (not isinstance(chunk_size, int) or chunk_size < 1):
         raise ValueError(f"{chunk_size=} must be a positive integer, or None to choose it")
+    if log_value_decay is not None and denominator:
+        raise ValueError(
+            "with log_value_decay every value channel has weights of its own, which no one denominator adds up; give "
+            "denominator=False"
+        )
+    if not mask.causal and (log_key_decay is not None or log_value_decay is not None):
+        raise ValueError(
+            "mask.causal=False with a decay: it is what keys lose on the way to a later query, and says nothing of "
+            "earlier ones; make the mask causal or leave the decay out"
+        )
     in_place = isinstance(mask.q_offset, int) and mask.q_offset == 0 and T == S
     aligned = (
         in_place and mask.q_segments is mask.kv_segments
@@ -87,12 +111,18 @@ def canonicalize(q, k, v, *, mask, angle, allowed, initial_state, chunk_size) ->
     mask = masks.validate(mask, B, T, S)
     accumulator = jnp.promote_types(jnp.float32, q.dtype)
     angle = _check_angle(angle, B, D, accumulator)
-    k, v = (_seen_keys(x, mask) for x in (k, v))
+    key_decay = _check_decay("log_key_decay", log_key_decay, accumulator)
+    value_decay = _check_decay("log_value_decay", log_value_decay, accumulator)
+    k, v, key_decay, value_decay = (
+        None if x is None else _seen_keys(x, mask) for x in (k, v, key_decay, value_decay)
+    )
     seen_rows = None if mask.q_segments is None else mask.q_segments != 0
     mask = _without_padding(mask)
-    state = _check_state(initial_state, mask, angle, (B, K, D, Dv + 1), accumulator)
-    given_state = initial_state is not None
-    return Arguments(q, k, v, angle, allowed, state, mask, seen_rows, aligned, given_state, chunk_size)
+    state = _check_state(initial_state, mask, angle, (B, K, D, Dv + denominator), accumulator)
+    return Arguments(
+        q, k, v, angle, key_decay, value_decay, allowed, state, mask, seen_rows,
+        aligned=aligned, given_state=initial_state is not None, denominator=denominator, chunk_size=chunk_size,
+    )  # fmt: skip
 
 
 def _check_angle(angle, B, D, accumulator):
@@ -109,6 +139,17 @@ def _check_angle(angle, B, D, accumulator):
         )
     angle = angle.reshape((1,) * (2 - angle.ndim) + angle.shape).astype(accumulator)
     return angle if angle.shape[1] > 1 else jax.lax.stop_gradient(angle)
+
+
+def _check_decay(name, decay, accumulator):
+    """[B, S, K, 1] where one number decays the whole state, or [B, S, K, channels]."""
+    if decay is None:
+        return None
+    if decay.dtype not in (jnp.float32, jnp.float64):
+        raise ValueError(
+            f"{name} has dtype {decay.dtype}, expected float32 (or float64): it is summed over positions"
+        )
+    return (decay[..., None] if decay.ndim == 3 else decay).astype(accumulator)
 
 
 def _seen_keys(x, mask):
@@ -145,11 +186,10 @@ def _check_state(state, mask, angle, shape, accumulator):
         raise ValueError("initial_state has an imaginary part, which angle=0 never makes; give the angle")
     if angle is not None and imag is None:
         imag = jnp.zeros(shape, accumulator)  # the state of a call without angle: all keys at phase 0
+    columns = "[B, K, D, Dv + 1], or Dv columns with denominator=False,"
     for name, x in (("real", state.real), ("imag", imag)):
         if x is not None and jnp.shape(x) != shape:
-            raise ValueError(
-                f"initial_state.{name} has shape {jnp.shape(x)}, expected [B, K, D, Dv + 1] = {shape}"
-            )
+            raise ValueError(f"initial_state.{name} has shape {jnp.shape(x)}, expected {columns} = {shape}")
     if (state.segment is not None) and mask.kv_segments is None:
         raise ValueError("initial_state has a segment, but the mask has none; give the mask's segments too")
     segment = None

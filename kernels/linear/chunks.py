@@ -52,23 +52,24 @@ def make_tables(angle: jax.Array | None, C: int, dtype) -> Tables:
     return Tables(parts[..., :C], parts[..., :0:-1], toe, turn, jnp.array([1, -1], dtype))
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def chunked(C, q, k, v, angle, segments, state, segment):
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def chunked(C, ones, q, k, v, angle, segments, state, segment):
     """The sweep over chunks.
 
-    C chunk size, dividing L; q [B, K, G, L, D]; k [B, K, L, D]; v [B, K, L, Dv]; angle [B or 1] or None (a constant);
-    segments int32 [B, L] or None, each document one run; state [P, B, K, D, E] of the document `segment` [B].
-    Returns n [B, K, G, L, E] and the state after L positions, in the state's dtype.
+    C chunk size, dividing L; ones: v gets a column of ones, E = Dv + 1, else E = Dv; q [B, K, G, L, D]; k [B, K, L, D];
+    v [B, K, L, Dv]; angle [B or 1] or None (a constant); segments int32 [B, L] or None, each document one run; state
+    [P, B, K, D, E] of the document `segment` [B]. Returns n [B, K, G, L, E] and the state after L positions, in the
+    state's dtype.
     """
-    return _forward(C, q, k, v, angle, segments, state, segment)[0]
+    return _forward(C, ones, q, k, v, angle, segments, state, segment)[0]
 
 
-def _forward(C, q, k, v, angle, segments, state, segment):
+def _forward(C, ones, q, k, v, angle, segments, state, segment):
     tables = make_tables(angle, C, state.dtype)
 
     def chunk(carry, x):
         Z, current = carry
-        q, k, v, ids = _widen(x, state.dtype)
+        q, k, v, ids = _widen(x, ones, state.dtype)
         n = _product("bkgac,bkce->bkgae", _scores(tables, q, k, ids), v)
         n = n + _product("pbkgad,pbkde->bkgae", _phased(_same(q, ids, current), tables.at, tables.sign), Z)
         return _append(tables, Z, current, k, v, ids), n
@@ -77,7 +78,7 @@ def _forward(C, q, k, v, angle, segments, state, segment):
     return (_join(n), Z), (q, k, v, angle, segments, state, segment)
 
 
-def _backward(C, residuals, cotangents):
+def _backward(C, ones, residuals, cotangents):
     q, k, v, angle, segments, state, segment = residuals
     G, dZ = cotangents
     tables = make_tables(angle, C, state.dtype)
@@ -85,7 +86,7 @@ def _backward(C, residuals, cotangents):
 
     def of_queries(carry, x):
         Z, current = carry
-        q, k, v, ids = _widen(x[:4], state.dtype)
+        q, k, v, ids = _widen(x[:4], ones, state.dtype)
         P = _scores(tables, x[4], v, ids)
         dq = _product("bkgac,bkcd->bkgad", P, k)
         read = _product("bkgae,pbkde->pbkgad", x[4], Z)
@@ -94,7 +95,7 @@ def _backward(C, residuals, cotangents):
 
     def of_keys(carry, x):
         Y, following = carry
-        q, k, v, ids = _widen(x[:4], state.dtype)
+        q, k, v, ids = _widen(x[:4], ones, state.dtype)
         G = x[4]
         dk = _product("bkgac,bkgad->bkcd", _scores(tables, G, v, ids), q)
         dv = _product("bkgac,bkgae->bkce", _scores(tables, q, k, ids), G)
@@ -105,7 +106,7 @@ def _backward(C, residuals, cotangents):
         first = None if ids is None else ids[:, 0]
         new = _product("pbkgad,bkgae->pbkde", _phased(_same(q, ids, first), tables.at), G)
         Y = _kept(_product("pqb,qbkde->pbkde", tables.turn, Y), first, following) + new
-        return (Y, first), (dk.astype(x[1].dtype), dv[..., :-1].astype(x[2].dtype))
+        return (Y, first), (dk.astype(x[1].dtype), dv[..., : x[2].shape[-1]].astype(x[2].dtype))
 
     _, dq = lax.scan(of_queries, (state, segment), chunks)
     last = None if segments is None else segments[:, -1]
@@ -157,10 +158,11 @@ def _split(C, q, k, v, segments):
     return _chunks(q, C), _chunks(k, C), _chunks(v, C), ids
 
 
-def _widen(x, dtype):
-    """The chunk's q, k, [v, 1] in the dtype of sums, and its documents."""
+def _widen(x, ones, dtype):
+    """The chunk's q, k, [v, 1] (v without ones) in the dtype of sums, and its documents."""
     q, k, v, ids = x
-    return q.astype(dtype), k.astype(dtype), with_ones(v.astype(dtype)), ids
+    v = v.astype(dtype)
+    return q.astype(dtype), k.astype(dtype), with_ones(v) if ones else v, ids
 
 
 def _chunks(x, C):

@@ -6,11 +6,15 @@ Z = sum_s e^{i angle (n - s)} k_s [v_s, 1]^T as seen from position n, kept as it
     seen from d further on:   e^{i angle d} Z                                  `turn`
     read by a query there:    Re(Z)^T q                                        `read`
     with keys added:          Z + sum_s e^{i angle (S - s)} k_s [v_s, 1]^T     `append`
+
+Reading and adding let the decays of the call's keys act on Z, on q and k (key channels) and on what is read or v (value
+channels). Without a denominator there is no column of ones and E = Dv.
 """
 
 import jax
 import jax.numpy as jnp
 
+from kernels.linear import decays
 from kernels.linear.arguments import Arguments, State
 
 
@@ -39,11 +43,16 @@ def read(arguments: Arguments, state: State) -> jax.Array:
     """[B, T, H, E]: what the queries get from keys of `state`, seen from position 0, if in the same document."""
     a, (B, T, H, D), K = arguments, arguments.q.shape, arguments.k.shape[2]
     q = a.q.astype(a.accumulator).reshape(B, T, K, H // K, D)
+    rows = decays.rows_of(a.mask.q_offset, T, a.k.shape[1])
+    if a.key_decay is not None:
+        q = q * decays.to_rows(a.key_decay, rows)[:, :, :, None]
     if a.angle is None:
         n = _product("btkgd,bkde->btkge", q, state.real)
     else:
         cos, sin = rotated(q, a.angle, a.mask.q_offset + jnp.arange(T))
         n = _product("btkgd,bkde->btkge", cos, state.real) - _product("btkgd,bkde->btkge", sin, state.imag)
+    if a.value_decay is not None:
+        n = n * decays.to_rows(a.value_decay, rows)[:, :, :, None]
     if a.mask.q_segments is not None:
         n = jnp.where((a.mask.q_segments == state.segment[:, None])[:, :, None, None, None], n, 0)
     return n.reshape(B, T, H, -1)
@@ -52,8 +61,13 @@ def read(arguments: Arguments, state: State) -> jax.Array:
 def append(arguments: Arguments) -> State:
     """The state after the last key: the given one, turned, and the keys of the last document."""
     a, S = arguments, arguments.k.shape[1]
-    k, v = a.k.astype(a.accumulator), with_ones(a.v.astype(a.accumulator))
+    k, v = a.k.astype(a.accumulator), a.v.astype(a.accumulator)
+    v = with_ones(v) if a.denominator else v
     old, segment = turn(a.state, a.angle, S), None
+    if a.key_decay is not None:
+        k, old = k * decays.to_end(a.key_decay), _scaled(old, decays.through(a.key_decay)[..., None])
+    if a.value_decay is not None:
+        v, old = v * decays.to_end(a.value_decay), _scaled(old, decays.through(a.value_decay)[:, :, None])
     if a.mask.kv_segments is not None:
         segment = a.mask.kv_segments[:, -1]
         k = jnp.where((a.mask.kv_segments == segment[:, None])[:, :, None, None], k, 0)
@@ -64,6 +78,10 @@ def append(arguments: Arguments) -> State:
     cos, sin = rotated(k, a.angle, S - jnp.arange(S))
     real = old.real + _product("bskd,bske->bkde", cos, v)
     return State(real, old.imag + _product("bskd,bske->bkde", sin, v), segment)
+
+
+def _scaled(state, factor):
+    return State(state.real * factor, None if state.imag is None else state.imag * factor, state.segment)
 
 
 def _product(equation, x, y):

@@ -19,13 +19,24 @@ from kernels.prefix_softmax.arguments import (
     empty_state,
 )
 from kernels.prefix_softmax.blockwise import blockwise
+from kernels.prefix_softmax.gpu import gpu
+from kernels.prefix_softmax.gpu import why_unsupported as why_not_on_gpu
 from kernels.prefix_softmax.reference import reference
+from kernels.prefix_softmax.sharded import EXCHANGES
+from kernels.prefix_softmax.tpu import tpu
+from kernels.prefix_softmax.tpu import why_unsupported as why_not_on_tpu
+from kernels.sequence import last_step
 from kernels.signatures import Array, Float, checked
 
 __all__ = ["IMPLEMENTATIONS", "PrefixState", "default_chunk_size", "empty_state", "prefix_softmax"]
 
 # In order of preference; the reference is last because its memory is quadratic in S.
-IMPLEMENTATIONS = (Implementation("blockwise", blockwise), Implementation("reference", reference))
+IMPLEMENTATIONS = (
+    Implementation("pallas_tpu", tpu, why_not_on_tpu, platforms=("tpu",)),
+    Implementation("pallas_gpu", gpu, why_not_on_gpu, platforms=("cuda",)),
+    Implementation("blockwise", blockwise),
+    Implementation("reference", reference),
+)
 
 
 @checked
@@ -57,8 +68,10 @@ def prefix_softmax(
         initial_state: the keys before the first one; None for none.
         return_lse: also return lse.
         return_state: also return the state after the last position (of the last document).
-        chunk_size: positions a step of "blockwise" takes at once; None chooses. "reference" takes all at once.
-        implementation: "blockwise" (memory linear in S), "reference" (dense), or None for the platform's best.
+        chunk_size: positions a step takes at once; None chooses. The Pallas kernels round it up to whole tiles, and
+            "reference" takes all at once.
+        implementation: "pallas_tpu", "pallas_gpu" (kernels for float32 sums), "blockwise" (memory linear in S, pure
+            JAX), "reference" (dense), or None for the platform's best.
 
     Returns:
         o [B, S, H, Dv] in v's dtype, or a tuple of it and what was asked for, in this order: lse [B, S, H], and a
@@ -68,18 +81,19 @@ def prefix_softmax(
         ValueError: shapes that do not fit, a window or q_offset, a state without causality or with segments, segments
             that differ between rows and keys, a chunk_size below 1, or an unknown implementation.
 
-    Under `jax.set_mesh`, batch is split over ("data", "fsdp") and heads over "tensor"; the sequence stays whole; see
-    `kernels.dispatch.over_mesh`.
+    Under `jax.set_mesh`, batch is split over ("data", "fsdp"), heads over "tensor" and, if causal, time over
+    "sequence", along which the state is carried; see `kernels.dispatch.over_mesh`.
     """
     arguments = canonicalize(
         s, v, mask=mask, initial_state=initial_state, return_state=return_state, chunk_size=chunk_size
     )
     o, m, z = dispatch.over_mesh(
         lambda local: dispatch.run(IMPLEMENTATIONS, implementation, local),
-        arguments, _layout(arguments), ("b.h.", "b.h", "b.h"),
+        arguments, _layout(arguments), ("bsh.", "bsh", "bsh"), EXCHANGES,
     )  # fmt: skip
     m = jax.lax.stop_gradient(m)
-    state = PrefixState(m[:, -1], z[:, -1], z[:, -1, :, None] * o[:, -1])
+    m_end, z_end, o_end = (last_step(x) for x in (m, z, o))
+    state = PrefixState(m_end, z_end, z_end[..., None] * o_end)
     o, z = _of_rows(o, z, mask)
     results = [o.astype(v.dtype)]
     if return_lse:
@@ -103,4 +117,4 @@ def _of_rows(o: jax.Array, z: jax.Array, mask: Mask) -> tuple[jax.Array, jax.Arr
 
 def _layout(arguments: Arguments) -> Arguments:
     """The axis letters of every operand, for `dispatch.over_mesh`."""
-    return dispatch.with_letters(arguments, s="b.h", v="b.k.", runs="b.", m="bh", z="bh", n="bh.")
+    return dispatch.with_letters(arguments, s="bsh", v="bsk.", runs="bs", m="bh", z="bh", n="bh.")

@@ -55,6 +55,7 @@ class Arguments:
     n: jax.Array | None
     causal: bool = static()
     chunk_size: int = static()
+    chunk_given: bool = static(default=True)  # by the caller
 
 
 def default_chunk_size(value_size: int) -> int:
@@ -76,8 +77,8 @@ def canonicalize(s, v, *, mask: Mask, initial_state, return_state: bool, chunk_s
         initial_state = _check_state(initial_state, ((B, H), (B, H), (B, H, Dv)), wide)
     m, z, n = initial_state or (None, None, None)
     s = jnp.where(visible_keys(mask, S)[..., None], s.astype(wide), -jnp.inf)
-    chunk_size = min(S, chunk_size or default_chunk_size(Dv))
-    return Arguments(s, v, document_runs(mask), m, z, n, mask.causal, chunk_size)
+    given, chunk_size = chunk_size is not None, min(S, chunk_size or default_chunk_size(Dv))
+    return Arguments(s, v, document_runs(mask), m, z, n, mask.causal, chunk_size, given)
 
 
 def _check_options(mask: Mask, initial_state, return_state, chunk_size):

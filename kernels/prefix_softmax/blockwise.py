@@ -21,7 +21,7 @@ def blockwise(arguments: Arguments) -> tuple[jax.Array, jax.Array, jax.Array]:
     """o [B, S, H, Dv], m [B, S, H] and z [B, S, H] in the accumulation dtype; o = 0 where z = 0."""
     a, (B, S, H), Dv = arguments, arguments.s.shape, arguments.v.shape[3]
     if not a.causal:
-        return _pooled(a)
+        return pooled(a)
     state = (a.m, a.z, a.n) if a.m is not None else empty_state(B, H, Dv, a.s.dtype)
     s = _chunks(a.s.swapaxes(1, 2), 2, a.chunk_size, -jnp.inf)
     v = _chunks(a.v.astype(a.s.dtype).swapaxes(1, 2), 2, a.chunk_size, 0)
@@ -127,7 +127,7 @@ def _weigh(w, v):
     return n.reshape(B, H, C, -1)
 
 
-def _pooled(a: Arguments):
+def pooled(a: Arguments):
     """Without causality every row of a document reads the same softmax: one sum a document, handed to its rows."""
     (B, S, H), groups = a.s.shape, a.s.shape[2] // a.v.shape[2]
     runs = jnp.zeros((B, S), jnp.int32) if a.runs is None else a.runs

@@ -44,7 +44,7 @@ class KernelCase:
 
 
 def differentiated(function: Callable) -> Callable:
-    """operands -> outputs and the gradients of every float operand, under cotangents that are the outputs themselves."""
+    """operands -> outputs and gradients of every float operand; the outputs themselves serve as cotangents."""
 
     def both(*operands):
         floats = [n for n, x in enumerate(operands) if jnp.issubdtype(x.dtype, jnp.floating)]
@@ -57,7 +57,8 @@ def differentiated(function: Callable) -> Callable:
 
         outputs, pull = jax.vjp(of_floats, *(operands[n] for n in floats))
         cotangents = jax.tree.map(
-            lambda x: x if jnp.issubdtype(x.dtype, jnp.floating) else jnp.zeros(x.shape, jax.dtypes.float0), outputs
+            lambda x: x if jnp.issubdtype(x.dtype, jnp.floating) else jnp.zeros(x.shape, jax.dtypes.float0),
+            outputs,
         )
         return outputs, pull(cotangents)
 

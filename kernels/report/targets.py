@@ -1,8 +1,7 @@
 """The machines kernels are compiled for, none of which has to be here, and the compile itself."""
 
-import numpy as np
-
 import jax
+import numpy as np
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -33,12 +32,11 @@ GPU_DESCRIPTIONS = {
 
 
 def platform(target: str) -> str:
-    """ "tpu" or "cuda". Raises ValueError for a target that is not known."""
-    if target in TPU_TOPOLOGIES:
-        return "tpu"
-    if target in GPU_DESCRIPTIONS:
-        return "cuda"
-    raise ValueError(f"target {target!r} is unknown; known: {', '.join((*TPU_TOPOLOGIES, *GPU_DESCRIPTIONS))}")
+    """Either "tpu" or "cuda". Raises ValueError for a target that is not known."""
+    if target not in (*TPU_TOPOLOGIES, *GPU_DESCRIPTIONS):
+        known = ", ".join((*TPU_TOPOLOGIES, *GPU_DESCRIPTIONS))
+        raise ValueError(f"target {target!r} is unknown; known: {known}")
+    return "tpu" if target in TPU_TOPOLOGIES else "cuda"
 
 
 def devices(target: str) -> list:

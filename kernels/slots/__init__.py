@@ -17,12 +17,19 @@ from kernels.masks import Mask
 from kernels.signatures import Array, Float, checked
 from kernels.slots.arguments import Arguments, ChunkSizes, SlotState, canonicalize
 from kernels.slots.blockwise import blockwise
+from kernels.slots.gated import gpu, tpu, why_not_on_gpu, why_not_on_tpu
 from kernels.slots.reference import reference
+from kernels.slots.sharded import EXCHANGES
 
 __all__ = ["ChunkSizes", "Mask", "SlotState", "slot_attention"]
 
 # In order of preference; the reference walks token by token and holds T x S logits.
-IMPLEMENTATIONS = (Implementation("blockwise", blockwise), Implementation("reference", reference))
+IMPLEMENTATIONS = (
+    Implementation("pallas_tpu", tpu, why_not_on_tpu, platforms=("tpu",)),
+    Implementation("pallas_gpu", gpu, why_not_on_gpu, platforms=("cuda",)),
+    Implementation("blockwise", blockwise),
+    Implementation("reference", reference),
+)
 
 
 @checked
@@ -77,7 +84,8 @@ def slot_attention(
         return_lse: also return log sum exp of all logits, [B, T, H].
         return_branch_lse: also return (lse of the slots, lse of the window), [B, T, H] each; sigmoid of their
             difference is the attention mass on the slots.
-        implementation: "blockwise" (memory linear in T), "reference" (a loop over tokens), or None for the best.
+        implementation: "pallas_tpu", "pallas_gpu" (the kernels of gated linear attention and of the window),
+            "blockwise" (memory linear in T, pure JAX), "reference" (a loop over tokens), or None for the best.
         chunk_sizes: of the blockwise form; no effect on the result beyond rounding.
 
     Returns:
@@ -88,7 +96,9 @@ def slot_attention(
         ValueError: shapes, dtypes or options that do not fit; a mask that is not causal or has a window of its own; an
             implementation that does not exist or cannot run here.
 
-    Under `jax.set_mesh`, batch is split over ("data", "fsdp") and heads over "tensor"; the sequence stays whole.
+    Under `jax.set_mesh`, batch is split over ("data", "fsdp"), heads over "tensor" and time over "sequence", along
+    which the slots are carried. The sequence stays whole where queries and keys are not one, or where documents of a
+    packed row restart from the initial state; see `kernels.dispatch.over_mesh`.
     """
     arguments = canonicalize(
         q, k, v, log_gates, window=window, q_window=q_window, k_window=k_window, mask=mask, slot_shift=slot_shift,
@@ -97,7 +107,7 @@ def slot_attention(
     )  # fmt: skip
     o, lse_slots, lse_window, state = dispatch.over_mesh(
         lambda local: dispatch.run(IMPLEMENTATIONS, implementation, local),
-        arguments, _layout(arguments), ("b.h.", "b.h", "b.h", SlotState("bk..", "bk..", "b")),
+        arguments, _layout(arguments), ("bth.", "bth", "bth", SlotState("bk..", "bk..", "b")), EXCHANGES,
     )  # fmt: skip
     results = [o]
     if return_state:
@@ -112,7 +122,7 @@ def slot_attention(
 def _layout(arguments: Arguments) -> Arguments:
     """The axis letters of every operand, for `dispatch.over_mesh`."""
     return dataclasses.replace(
-        arguments, q="b.h.", k="b.k.", v="b.k.", q_window="b.h.", k_window="b.k.", log_gates="b.k.",
+        arguments, q="bth.", k="bsk.", v="bsk.", q_window="bth.", k_window="bsk.", log_gates="bsk.",
         state=SlotState("bk..", "bk..", "b"), mask=dispatch.mask_layout(arguments.mask),
     )  # fmt: skip
 

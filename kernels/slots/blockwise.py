@@ -29,23 +29,27 @@ from kernels.streaming.merge import merge
 
 def blockwise(arguments: Arguments) -> tuple[jax.Array, jax.Array, jax.Array, SlotState]:
     """o [B, T, H, Dv] in q's dtype; lse of the slots and of the window, both [B, T, H]; the last row's state."""
-    o, lse, state = slots(arguments)
+    return joined_with_window(arguments, *slots(arguments))
+
+
+def joined_with_window(arguments: Arguments, o, lse, state, implementation: str | None = None):
+    """The result of `blockwise` from that of the slots; the window is computed by `implementation`."""
     if not arguments.window:
         return o.astype(arguments.q.dtype), lse, jnp.full_like(lse, -jnp.inf), state
-    of_window, lse_window = window(arguments)
+    of_window, lse_window = window(arguments, implementation)
     o, _ = merge(o, lse, of_window, lse_window)
     return o.astype(arguments.q.dtype), lse, lse_window, state
 
 
-def window(arguments: Arguments) -> tuple[jax.Array, jax.Array]:
+def window(arguments: Arguments, implementation: str | None = None) -> tuple[jax.Array, jax.Array]:
     """Softmax over the window alone: o [B, T, H, Dv] in q's dtype and lse [B, T, H]."""
     T, S = arguments.q.shape[1], arguments.k.shape[1]
     size = min(arguments.window, S)
     # Blocks wider than a short window would compute mostly invisible pairs.
-    sizes = BlockSizes(64, 64) if size <= 64 < T else None
+    sizes = BlockSizes(64, 64) if size <= 64 < T and implementation is None else None
     return forgetting_attention(
         arguments.q_window, arguments.k_window, arguments.v, block_sizes=sizes, return_lse=True,
-        mask=dataclasses.replace(arguments.mask, window=size), scale=arguments.scale,
+        mask=dataclasses.replace(arguments.mask, window=size), scale=arguments.scale, implementation=implementation,
     )  # fmt: skip
 
 
@@ -89,7 +93,7 @@ def _block(scale, start, state, inputs):
     read = jnp.where(carried, read, 0 if start is None else _einsum("bkmd,bkgid->bkgim", start[0], q))
     scores = _einsum("bkgid,bkjd->bkgij", q, k)
     u = scale * (decay[:, :, None] * read + _einsum("bkgij,bkijm->bkgim", scores, kernel))
-    p, lse = _softmax(u, shown[:, None, None])
+    p, lse = softmax_of_slots(u, shown[:, None, None])
 
     of_state = p * decay[:, :, None]
     o = _einsum("bkgim,bkmv->bkgiv", jnp.where(carried, of_state, 0), value)
@@ -116,7 +120,7 @@ def _decays(log_gates, run):
     return decay, jnp.exp(jnp.where(same[:, None, :, :, None], sums, -jnp.inf))
 
 
-def _softmax(u, shown):
+def softmax_of_slots(u, shown):
     """Softmax and log-sum-exp over the slots; zeros and -inf in rows whose slots do not show."""
     highest = jax.lax.stop_gradient(u.max(-1, keepdims=True))
     weights = jnp.exp(u - highest)

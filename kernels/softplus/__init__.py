@@ -15,10 +15,12 @@ from kernels.dispatch import Implementation
 from kernels.forgetting.arguments import BlockSizes
 from kernels.masks import Mask
 from kernels.signatures import Array, Float, Num, checked
+from kernels.softplus import gpu, tpu
 from kernels.softplus.arguments import Arguments, Rows, canonicalize
 from kernels.softplus.blockwise import blockwise
 from kernels.softplus.counts import visible_counts
 from kernels.softplus.reference import dense_weights, reference
+from kernels.softplus.sharded import EXCHANGES
 
 __all__ = [
     "BlockSizes",
@@ -30,7 +32,12 @@ __all__ = [
 ]
 
 # In order of preference; the reference is last because its memory is quadratic in T.
-IMPLEMENTATIONS = (Implementation("blockwise", blockwise), Implementation("reference", reference))
+IMPLEMENTATIONS = (
+    Implementation("pallas_tpu", tpu.attend, tpu.why_unsupported, ("tpu",)),
+    Implementation("pallas_gpu", gpu.attend, gpu.why_unsupported, ("cuda",)),
+    Implementation("blockwise", blockwise),
+    Implementation("reference", reference),
+)
 
 
 class RowStatistics(NamedTuple):
@@ -103,8 +110,10 @@ def softplus_attention(
             have no key above the threshold): "zero" gives o_i = 0, "lssa" gives the row of stage 1.
         degenerate_tolerance: see `degenerate`.
         return_statistics: also return the row statistics.
-        implementation: "blockwise" (memory linear in T and S), "reference" (dense), or None for the platform's best.
-        block_sizes: query and key blocks of "blockwise", chosen from T and S by default.
+        implementation: "pallas_tpu", "pallas_gpu" (kernels), "blockwise" (pure JAX), all of memory linear in T and S,
+            "reference" (dense), or None for the platform's best.
+        block_sizes: query and key blocks, by default chosen by the implementation. On a TPU multiples of 128 and 16,
+            on a GPU powers of two.
 
     Returns:
         o [B, T, H, Dv] in q's dtype; with return_statistics also RowStatistics.
@@ -114,8 +123,8 @@ def softplus_attention(
             not exist or cannot run here.
 
     With phi="exp", normalise other than "l1" and no power, weights overflow above a score of 88 in float32. Under
-    `jax.set_mesh`, batch is split over ("data", "fsdp") and heads over "tensor"; the sequence stays whole; see
-    `kernels.dispatch.over_mesh`.
+    `jax.set_mesh`, batch is split over ("data", "fsdp"), heads over "tensor" and time over "sequence": keys go round in
+    a ring without power (and with phi other than "exp"), else rows alone are split. See `kernels.dispatch.over_mesh`.
     """
     arguments = canonicalize(
         q, k, v, gain, power, slopes, mask=mask, counts=counts, phi=phi, phi_power=phi_power,
@@ -124,7 +133,7 @@ def softplus_attention(
     )  # fmt: skip
     o, statistics = dispatch.over_mesh(
         lambda local: dispatch.run(IMPLEMENTATIONS, implementation, local),
-        arguments, _layout(arguments), ("b.h.", ("b.h",) * 4),
+        arguments, _layout(arguments), ("bth.", ("bth",) * 4), EXCHANGES,
     )  # fmt: skip
     return (o, RowStatistics(*jax.lax.stop_gradient(statistics))) if return_statistics else o
 
@@ -160,9 +169,9 @@ def softplus_weights(
 
 def _layout(arguments: Arguments) -> Arguments:
     """The axis letters of every operand, for `dispatch.over_mesh`."""
-    letters = {"q": "b.h.", "k": "b.k.", "v": "b.k.", "gain": "h", "power": "h", "slopes": "h"}
+    letters = {"q": "bth.", "k": "bsk.", "v": "bsk.", "gain": "h", "power": "h", "slopes": "h"}
     return dataclasses.replace(
         dispatch.with_letters(arguments, **letters),
         mask=dispatch.mask_layout(arguments.mask),
-        rows=Rows("b.", "b.", "b.", "b."),
+        rows=Rows("bt", "bt", "bt", "bt"),
     )

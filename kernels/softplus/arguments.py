@@ -35,6 +35,7 @@ class Options:
     power: float | str | None
     degenerate: str
     tolerance: float
+    biased: bool = False  # Rows.bias is not 0
 
     @property
     def shifted(self) -> bool:
@@ -80,7 +81,7 @@ class Arguments:
     rows: Rows
     mask: Mask
     options: Options = static()
-    block_sizes: BlockSizes = static()
+    block_sizes: BlockSizes | None = static()  # None: each implementation takes its own
 
     @property
     def accumulator(self) -> jnp.dtype:
@@ -100,15 +101,16 @@ def canonicalize(
     wide = jnp.promote_types(jnp.float32, q.dtype)
     gain = jnp.broadcast_to(jnp.asarray(math.log(D) if gain is None else gain, wide), (H,))
     learned = isinstance(power, jax.Array)
+    power_option = "learned" if learned else power
     options = Options(
-        phi, float(phi_power), normalise, "learned" if learned else power, degenerate, float(tolerance)
+        phi, float(phi_power), normalise, power_option, degenerate, float(tolerance), biased=log_bias
     )
     n = jnp.broadcast_to(visible_counts(mask, T, S) if counts is None else counts, (B, T))
     rows = _rows(n.astype(wide), log_count, log_bias, normalise, offset, warm_rows)
     return Arguments(
         q, k, v, gain, power.astype(wide) if learned else None,
         None if slopes is None else jax.lax.stop_gradient(slopes.astype(wide)), rows, mask, options,
-        block_sizes or BlockSizes.choose(T, S),
+        block_sizes,
     )  # fmt: skip
 
 

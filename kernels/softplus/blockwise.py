@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from kernels import masks
+from kernels.forgetting.arguments import BlockSizes
 from kernels.masks import Mask
 from kernels.softplus import loops
 from kernels.softplus.arguments import Arguments, Rows
@@ -48,21 +49,23 @@ class Context:
 
 def blockwise(arguments: Arguments) -> tuple[jax.Array, tuple[jax.Array, ...]]:
     """o [B, T, H, Dv] in q's dtype and the row statistics (Z, tau, M, W), each [B, T, H]."""
-    (B, T, H, D), K, sizes = arguments.q.shape, arguments.k.shape[2], arguments.block_sizes
+    (B, T, H, D), (S, K) = arguments.q.shape, arguments.k.shape[1:3]
+    sizes = arguments.block_sizes or BlockSizes.choose(T, S)
     q = _pad(arguments.q, 1, sizes.q).reshape(B, -1, sizes.q, K, H // K, D).transpose(0, 3, 1, 4, 2, 5)
     k, v = (_pad(x, 1, sizes.k).reshape(B, -1, sizes.k, K, x.shape[-1]) for x in (arguments.k, arguments.v))
     k, v = k.transpose(0, 3, 1, 2, 4), v.transpose(0, 3, 1, 2, 4)
     gain, power, slopes = (
         x if x is None else x.reshape(K, H // K) for x in (arguments.gain, arguments.power, arguments.slopes)
     )
-    o, statistics = _attend(arguments.options, Operands(q, k, v, gain, power), _context(arguments, slopes))
+    context = _context(arguments, slopes, sizes)
+    o, statistics = _attend(arguments.options, Operands(q, k, v, gain, power), context)
     o = o.transpose(0, 2, 4, 1, 3, 5).reshape(B, -1, H, o.shape[-1])[:, :T]
     rows = (statistics.Z, statistics.tau, statistics.M, statistics.W)
     return o, tuple(x.transpose(0, 2, 4, 1, 3).reshape(B, -1, H)[:, :T] for x in rows)
 
 
-def _context(arguments, slopes) -> Context:
-    (B, T), S, sizes = arguments.q.shape[:2], arguments.k.shape[1], arguments.block_sizes
+def _context(arguments, slopes, sizes) -> Context:
+    (B, T), S = arguments.q.shape[:2], arguments.k.shape[1]
     needed = masks.visible_blocks(arguments.mask, T, S, sizes.q, sizes.k)
     needed = jnp.broadcast_to(needed, (B, *needed.shape[1:]))
     mask = dataclasses.replace(arguments.mask, q_offset=jnp.asarray(arguments.mask.q_offset, jnp.int32))

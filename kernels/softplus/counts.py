@@ -15,7 +15,7 @@ from kernels.masks import Mask
 
 def visible_counts(mask: Mask, T: int, S: int) -> jax.Array:
     """n_i of every query row, int32 [B or 1, T]; the same as `masks.dense(mask, T, S).sum(-1)`."""
-    low, high = _interval(mask, T, S)
+    low, high = interval(mask, T, S)
     if mask.q_segments is None:
         return jnp.maximum(high - low + 1, 0)
     low, high = (jnp.broadcast_to(x, mask.q_segments.shape) for x in (low, high))
@@ -27,7 +27,7 @@ def visible_counts(mask: Mask, T: int, S: int) -> jax.Array:
     return jnp.where(mask.q_segments != 0, jnp.maximum(count, 0), 0)
 
 
-def _interval(mask, T, S):
+def interval(mask, T, S):
     """First and last key by every condition but the segments, two int32 [B or 1, T]; last < first where none."""
     at = (mask.q_offset + jnp.arange(T, dtype=jnp.int32))[None]
     high = jnp.minimum(at, S - 1) if mask.causal else jnp.full_like(at, S - 1)

@@ -24,16 +24,17 @@ def phi(options: Options, s: jax.Array) -> tuple[jax.Array, jax.Array]:
             return a, rising
         return real_power(a, options.phi_power), options.phi_power * real_power(a, options.phi_power - 1)
     e = jnp.exp(-jnp.abs(s))
-    sigmoid = jnp.where(s >= 0, 1, e) / (1 + e)
     if options.phi == "sigmoid":
-        return sigmoid, e / jnp.square(1 + e)
-    return jnp.maximum(s, 0) + jnp.log1p(e), sigmoid
+        return jnp.where(s >= 0, 1, e) / (1 + e), e / jnp.square(1 + e)
+    tail = jnp.log1p(e)
+    # The derivative sigmoid(s) = exp(s - softplus(s)) without the cancellation, and without a division.
+    return jnp.maximum(s, 0) + tail, jnp.exp(jnp.minimum(s, 0) - tail)
 
 
 def real_power(x: jax.Array, p: float | jax.Array) -> jax.Array:
-    """x ** p for x >= 0, with 0 ** p = 0; by multiplications if p is a whole Python number."""
-    if isinstance(p, (int, float)) and float(p).is_integer() and p > 0:
-        return jax.lax.integer_pow(x, int(p))
+    """x ** p for x >= 0, with 0 ** p = 0 (also for p = 0); by multiplications if p is a whole Python number."""
+    if isinstance(p, (int, float)) and float(p).is_integer() and p >= 0:
+        return jax.lax.integer_pow(x, int(p)) if p > 0 else (x > 0).astype(x.dtype)
     positive = x > 0
     # exp(p log x) with the logarithm kept away from 0, also in the gradient.
     return jnp.where(positive, jnp.exp(p * jnp.log(jnp.where(positive, x, 1))), 0)

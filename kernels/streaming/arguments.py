@@ -1,6 +1,6 @@
 """The canonical form of a call to streaming attention: checked once here, trusted everywhere below.
 
-Letters: B batch, T queries, S keys, H query heads, K key/value heads, D, Dk, Dv head sizes of q, k and v.
+Letters: B batch, T queries, S keys, H query heads, K key/value heads, D head size of q and k, Dv head size of v.
 """
 
 from collections.abc import Callable, Hashable
@@ -14,7 +14,20 @@ from kernels.forgetting.arguments import BlockSizes, static
 from kernels.masks import Mask
 
 Score = Callable[..., jax.Array]
-"""score(q [Bq, D], k [Bk, Dk], rows [Bq], cols [Bk], *extras of one head) -> [Bq, Bk]; see `streaming_attention`."""
+"""score(x [Bq, Bk], rows [Bq, 1], cols [1, Bk], of_rows, of_cols, extras) -> [Bq, Bk]; see `streaming_attention`."""
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Values:
+    """What a score reads beside the products, in the accumulation dtype, of query heads.
+
+    rows: [B, T, H] each; cols: [B, S, H] each; extras: [H] each.
+    """
+
+    rows: tuple[jax.Array, ...] = ()
+    cols: tuple[jax.Array, ...] = ()
+    extras: tuple[jax.Array, ...] = ()
 
 
 @jax.tree_util.register_dataclass
@@ -22,25 +35,25 @@ Score = Callable[..., jax.Array]
 class Arguments:
     """What every implementation receives.
 
-    q [B, T, H, D], k [B, S, K, Dk], v [B, S, K, Dv] of one float dtype; extras with leading axis H in the accumulation
-    dtype; lengths in `mask` are [B].
+    q [B, T, H, D], k [B, S, K, D], v [B, S, K, Dv] of one float dtype; lengths in `mask` are [B]; block_sizes as given,
+    None leaves them to the implementation.
     """
 
     q: jax.Array
     k: jax.Array
     v: jax.Array
-    extras: tuple[jax.Array, ...]
+    values: Values
     mask: Mask
     score: Score = static()
-    block_sizes: BlockSizes = static()
+    block_sizes: BlockSizes | None = static()
 
     @property
     def accumulator(self) -> jnp.dtype:
-        """float32, or float64 for float64 operands: scores, softmax and accumulators."""
+        """float32, or float64 for float64 operands: products, scores, softmax and accumulators."""
         return jnp.promote_types(jnp.float32, self.q.dtype)
 
 
-def canonicalize(score, q, k, v, extras, *, mask, block_sizes) -> Arguments:
+def canonicalize(score, q, k, v, of_rows, of_cols, extras, *, mask, block_sizes) -> Arguments:
     """Checks a call and brings it into the one form the implementations share; see the public docstring for errors."""
     (B, T, H, _), (_, S, K, _) = q.shape, k.shape
     if H % K:
@@ -52,31 +65,47 @@ def canonicalize(score, q, k, v, extras, *, mask, block_sizes) -> Arguments:
     if not q.dtype == k.dtype == v.dtype:
         raise ValueError(f"q, k, v must share one float dtype; got {q.dtype}, {k.dtype}, {v.dtype}")
     accumulator = jnp.promote_types(jnp.float32, q.dtype)
-    extras = tuple(_extra(n, each, H, accumulator) for n, each in enumerate(extras))
-    sizes = block_sizes or BlockSizes.choose(T, S)
-    arguments = Arguments(q, k, v, extras, masks.validate(mask, B, T, S), score, sizes)
+    values = Values(
+        _values("of_rows", of_rows, {"B": B, "T": T, "H": H}, accumulator),
+        _values("of_cols", of_cols, {"B": B, "S": S, "H": H}, accumulator),
+        _values("extras", extras, {"H": H}, accumulator),
+    )
+    arguments = Arguments(q, k, v, values, masks.validate(mask, B, T, S), score, block_sizes)
     _check_score(arguments)
     return arguments
 
 
-def _extra(n, value, H, accumulator):
-    value = jnp.asarray(value)
-    if value.ndim == 0 or value.shape[0] != H or not jnp.issubdtype(value.dtype, jnp.floating):
-        raise ValueError(
-            f"extras[{n}] is {value.dtype}{list(value.shape)}, expected a float array [{H=}, ...]"
-        )
-    return value.astype(accumulator)
+def _values(name, values, sizes, accumulator):
+    """Values of rows, of keys or of heads, held to their shape and brought to the accumulation dtype."""
+    values = tuple(jnp.asarray(each) for each in values)
+    for n, each in enumerate(values):
+        if each.shape != tuple(sizes.values()) or not jnp.issubdtype(each.dtype, jnp.floating):
+            expected = ", ".join(f"{letter}={size}" for letter, size in sizes.items())
+            raise ValueError(
+                f"{name}[{n}] is {each.dtype}{list(each.shape)}, expected a float array [{expected}]"
+            )
+    return tuple(each.astype(accumulator) for each in values)
 
 
 def _check_score(arguments):
     """Traces the score on one head; nothing is computed."""
     if not isinstance(arguments.score, Hashable):
         raise ValueError(f"score {arguments.score!r} is not hashable; use a function or a frozen dataclass")
-    wide = arguments.accumulator
-    (_, T, _, D), (_, S, _, Dk) = arguments.q.shape, arguments.k.shape
-    shapes = ((T, D), wide), ((S, Dk), wide), ((T,), jnp.int32), ((S,), jnp.int32)
-    shapes += tuple((each.shape[1:], wide) for each in arguments.extras)
-    got = jax.eval_shape(arguments.score, *(jax.ShapeDtypeStruct(*each) for each in shapes))
+    T, S, wide, values = arguments.q.shape[1], arguments.k.shape[1], arguments.accumulator, arguments.values
+
+    def of(shape, dtype=wide):
+        return jax.ShapeDtypeStruct(shape, dtype)
+
+    of_rows, of_cols = tuple(of((T, 1)) for _ in values.rows), tuple(of((1, S)) for _ in values.cols)
+    traced, got = jax.make_jaxpr(arguments.score, return_shape=True)(
+        of((T, S)), of((T, 1), jnp.int32), of((1, S), jnp.int32), of_rows, of_cols,
+        tuple(of(()) for _ in values.extras),
+    )  # fmt: skip
+    if traced.consts:
+        raise ValueError(
+            f"score {arguments.score} closes over {len(traced.consts)} array(s), of shapes "
+            f"{[jnp.shape(x) for x in traced.consts]}; pass them in of_rows, of_cols or extras"
+        )
     if got.shape != (T, S) or got.dtype != wide:
         raise ValueError(
             f"score {arguments.score} gives {got.dtype}{list(got.shape)} for {T} queries and {S} keys, "

@@ -1,8 +1,8 @@
 """The loops of blockwise streaming attention over the blocks of one key/value head, forward and backward.
 
-Letters: G query heads share the head; m one of nq blocks of Bq rows, n one of nk blocks of Bk keys; D, Dk, Dv head
-sizes. Equations (X, mu, Z, A and dS) are those of the online softmax and its gradient; the gradient of X itself is
-`jax.vjp` of the score of the block, recomputed from q and k.
+Letters: G query heads share the head; m one of nq blocks of Bq rows, n one of nk blocks of Bk keys; D, Dv head sizes.
+Equations (X, mu, Z, A and dS) are those of the online softmax and its gradient; the gradient of the score by itself is
+`jax.vjp` of the score of the block, recomputed from the products x = q k^T.
 """
 
 import jax
@@ -10,22 +10,24 @@ import jax.numpy as jnp
 
 from kernels import masks
 from kernels.masks import Mask
+from kernels.streaming.arguments import Values
 
 MASKED = -1e30  # score of an invisible pair; finite, so that differences of it are not NaN
 LOWEST = -1e20  # running maximum before anything was seen: exp(MASKED - LOWEST) = 0
 
 
-def forward(score, mask: Mask, q, k, v, extras, keys) -> tuple[jax.Array, jax.Array]:
+def forward(score, mask: Mask, q, k, v, values: Values, keys) -> tuple[jax.Array, jax.Array]:
     """o [nq, G, Bq, Dv] in q's dtype and lse [nq, G, Bq]; keys [nq, 2] is the range of key blocks per query block."""
-    (nq, G, Bq, _), Dv = q.shape, v.shape[-1]
-    block, accumulator = _scorer(score, mask, q, k)
+    (nq, G, Bq, _), (Bk, Dv) = q.shape, v.shape[1:]
+    accumulator = jnp.promote_types(jnp.float32, q.dtype)
 
     def row_block(m):
         def step(t, carry):
             A, mu, Z = carry
             n = keys[m, 1] - 1 - t  # right to left: the diagonal sets the running maximum first
-            X, seen = block(m, n, q[m], k[n], extras), masks.visible(mask, *_indices(m, n, Bq, k.shape[1]))
-            X = jnp.where(seen, X, MASKED)
+            x = _product(q[m], k[n].T, accumulator)
+            X = _score(score, mask, m, n, x, *_of_block(values, m, n))
+            X = jnp.where(masks.visible(mask, *_indices(m, n, Bq, Bk)), X, MASKED)
             higher = jnp.maximum(mu, X.max(-1))
             E, shrink = jnp.exp(X - higher[..., None]), jnp.exp(mu - higher)
             A = A * shrink[..., None] + _product(E.astype(v.dtype), v[n], accumulator)
@@ -39,52 +41,59 @@ def forward(score, mask: Mask, q, k, v, extras, keys) -> tuple[jax.Array, jax.Ar
     return jax.lax.map(row_block, jnp.arange(nq, dtype=jnp.int32))
 
 
-def backward(score, mask: Mask, q, k, v, extras, lse, delta, do, queries):
-    """dq, dk, dv in the operands' dtypes and dextras; queries [nk, 2] is the range of query blocks per key block.
+def backward(score, mask: Mask, q, k, v, values: Values, lse, delta, do, queries):
+    """dq, dk, dv in the operands' dtypes and the gradient of `values`; queries [nk, 2]: query blocks per key block.
 
     lse [nq, G, Bq] is finite; delta [nq, G, Bq] is the sum of o do over Dv minus the cotangent of lse; do = 0 past T.
     """
-    (G, Bq), (nk, Bk, Dk), Dv = q.shape[1:3], k.shape, v.shape[-1]
-    block, accumulator = _scorer(score, mask, q, k)
+    (G, Bq, D), (nk, Bk, _), Dv = q.shape[1:], k.shape, v.shape[-1]
+    accumulator = jnp.promote_types(jnp.float32, q.dtype)
 
     def key_block(carry, n):
         def step(m, carry):
-            dq, dk, dv, dextras = carry
-            wide = q[m].astype(accumulator), k[n].astype(accumulator), extras
-            X, pull = jax.vjp(lambda *operands: block(m, n, *operands), *wide)
+            dq, drows, dextras, dk, dv, dcols = carry
+            x = _product(q[m], k[n].T, accumulator)
+            X, pull = jax.vjp(lambda *of: _score(score, mask, m, n, *of), x, *_of_block(values, m, n))
             X = jnp.where(masks.visible(mask, *_indices(m, n, Bq, Bk)), X, MASKED)
             # In padded rows the score may exceed lse; those rows carry no cotangent.
             P = jnp.exp(jnp.minimum(X - lse[m][..., None], 0))
             dS = P * (_product(do[m], v[n].T, accumulator) - delta[m][..., None])
-            of_q, of_k, of_extras = pull(dS)
+            # dx stays wide: what of_rows and of_cols (norms, say) pass to q and k may cancel with it.
+            dx, of_rows, of_cols, of_extras = pull(dS)
+            dq = dq.at[m].add(_product(dx, k[n].astype(accumulator), accumulator))
+            dk = dk + _product(
+                dx.reshape(G * Bq, Bk).T, q[m].reshape(G * Bq, D).astype(accumulator), accumulator
+            )
             P = P.astype(do.dtype).reshape(G * Bq, Bk)
             dv = dv + _product(P.T, do[m].reshape(G * Bq, Dv), accumulator)
-            return dq.at[m].add(of_q), dk + of_k, dv, jax.tree.map(jnp.add, dextras, of_extras)
+            drows = jax.tree.map(lambda total, part: total.at[m].add(part), drows, of_rows)
+            dextras, dcols = jax.tree.map(jnp.add, (dextras, dcols), (of_extras, of_cols))
+            return dq, drows, dextras, dk, dv, dcols
 
-        dq, dextras = carry
-        start = dq, jnp.zeros((Bk, Dk), accumulator), jnp.zeros((Bk, Dv), accumulator), dextras
-        dq, dk, dv, dextras = jax.lax.fori_loop(queries[n, 0], queries[n, 1], step, start)
-        return (dq, dextras), (dk.astype(k.dtype), dv.astype(v.dtype))
+        start = jnp.zeros((Bk, D), accumulator), jnp.zeros((Bk, Dv), accumulator)
+        dcols = jax.tree.map(lambda x: jnp.zeros_like(x[0]), values.cols)
+        *carry, dk, dv, dcols = jax.lax.fori_loop(queries[n, 0], queries[n, 1], step, (*carry, *start, dcols))
+        return tuple(carry), (dk.astype(k.dtype), dv.astype(v.dtype), dcols)
 
-    start = jnp.zeros(q.shape, accumulator), jax.tree.map(jnp.zeros_like, extras)
-    (dq, dextras), (dk, dv) = jax.lax.scan(key_block, start, jnp.arange(nk, dtype=jnp.int32))
-    return dq.astype(q.dtype), dk, dv, dextras
+    start = jnp.zeros(q.shape, accumulator), *jax.tree.map(jnp.zeros_like, (values.rows, values.extras))
+    (dq, drows, dextras), (dk, dv, dcols) = jax.lax.scan(key_block, start, jnp.arange(nk, dtype=jnp.int32))
+    return dq.astype(q.dtype), dk, dv, Values(drows, dcols, dextras)
 
 
-def _scorer(score, mask, q, k):
-    """block(m, n, q [G, Bq, D], k [Bk, Dk], extras [G, ...]) -> X [G, Bq, Bk]; and the accumulation dtype."""
-    accumulator = jnp.promote_types(jnp.float32, q.dtype)
+def _score(score, mask, m, n, x, of_rows, of_cols, extras):
+    """X [G, Bq, Bk] of the products x [G, Bq, Bk], with row values [G, Bq], key values [G, Bk] and scalars [G]."""
+    rows, cols = _indices(m, n, *x.shape[1:])
 
-    def block(m, n, of_q, of_k, extras):
-        rows, cols = _indices(m, n, q.shape[2], k.shape[1])
+    def of_head(x, of_rows, of_cols, extras):
+        of_rows, of_cols = tuple(each[:, None] for each in of_rows), tuple(each[None, :] for each in of_cols)
+        return score(x, mask.q_offset + rows[:, None], cols[None, :], of_rows, of_cols, extras)
 
-        def of_head(of_q, of_k, extras):
-            return score(of_q, of_k, mask.q_offset + rows, cols, *extras)
+    return jax.vmap(of_head)(x, of_rows, of_cols, extras)
 
-        in_axes = (0, None, 0)
-        return jax.vmap(of_head, in_axes)(of_q.astype(accumulator), of_k.astype(accumulator), extras)
 
-    return block, accumulator
+def _of_block(values, m, n):
+    """of_rows, of_cols and extras of a pair of blocks."""
+    return tuple(each[m] for each in values.rows), tuple(each[n] for each in values.cols), values.extras
 
 
 def _indices(m, n, Bq, Bk):

@@ -17,11 +17,12 @@ from attnlab.attention.inverse_distance import (
     inverse_distance_attention,
     raise_distance,
     squared_distances,
+    squared_norms,
 )
 from attnlab.attention.rotary import rotate
 from kernels import masks
 from kernels.masks import Mask
-from kernels.streaming import merge
+from kernels.streaming import merge, product
 from tests.attention.contract import MixerContract, apply, build, decode, inputs, variants
 
 IMPLEMENTATIONS = ("reference", "blockwise")
@@ -217,10 +218,16 @@ def test_distances_of_rounded_vectors():
     k = q + 0.01 * draw((128, 64), seed=1)[0]
     low = [jnp.asarray(x, jnp.bfloat16) for x in (q, k)]
     exact = ((np.float64(low[0])[:, None] - np.float64(low[1])[None]) ** 2).sum(-1)
-    r2, error = squared_distances(*low)
+
+    def distances(q, k):
+        return squared_distances(
+            product(q, k), squared_norms(q)[:, None], squared_norms(k)[None], q.shape[-1]
+        )
+
+    r2, error = distances(*low)
     assert r2.dtype == jnp.float32 and np.abs(r2 - exact).max() < 1e-4
     assert np.all(np.abs(r2 - exact) <= error)
-    assert np.all(squared_distances(q, q)[0] >= 0)
+    assert np.all(distances(q, q)[0] >= 0)
 
 
 def test_grouped_heads_are_repeated_heads():

@@ -10,6 +10,7 @@ from jax.sharding import Mesh
 
 from kernels import dispatch
 from kernels.dispatch import Implementation
+from kernels.sequence import Exchange
 
 
 def no_gpu(arguments):
@@ -129,3 +130,60 @@ def test_inside_another_shard_map_and_outside_a_mesh_nothing_is_split():
                               in_specs=(spec, spec), out_specs=spec)  # fmt: skip
         np.testing.assert_array_equal(inner(toy.x, toy.y), grouped(toy))
     assert record == [(4, 4), (2, 4)]
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Timed:
+    """x [B, T], y [B, S]."""
+
+    x: jax.Array
+    y: jax.Array
+
+
+def scaled(timed):
+    return timed.x * timed.y.sum(1, keepdims=True)
+
+
+def summed(operation, timed, axis):
+    return operation(Timed(timed.x, jax.lax.psum(timed.y, axis.name)))
+
+
+def alone(operation, timed, axis):
+    return operation(timed)
+
+
+BOTH = Exchange(summed, lambda timed, size: timed.y.shape[1] > size)
+ROWS = Exchange(alone, letters="t")
+
+
+@pytest.mark.parametrize(
+    ("T", "S", "exchanges", "local"),
+    [
+        (8, 12, (BOTH, ROWS), ((1, 2), (1, 3))),
+        (8, 12, (), ((1, 8), (1, 12))),
+        (8, 4, (BOTH, ROWS), ((1, 2), (1, 4))),  # the first one does not fit: one key a device
+        (8, 5, (BOTH, ROWS), ((1, 2), (1, 5))),  # four does not divide the keys
+        (7, 12, (BOTH, ROWS), ((1, 7), (1, 12))),  # nor the rows
+    ],
+)
+def test_time_is_split_by_the_first_exchange_that_fits(T, S, exchanges, local):
+    r, record = np.random.default_rng(0), []
+    timed = Timed(jnp.asarray(r.normal(size=(2, T))), jnp.asarray(r.normal(size=(2, S))))
+
+    def operation(timed):
+        record.append((timed.x.shape, timed.y.shape))
+        return scaled(timed)
+
+    def loss(x, y):
+        z = dispatch.over_mesh(operation, Timed(x, y), Timed("bt", "bs"), "bt", exchanges)
+        return (z**2).sum(), z
+
+    mesh = Mesh(np.array(jax.devices()).reshape(2, 1, 4, 1), ("data", "fsdp", "sequence", "tensor"))
+    with jax.set_mesh(mesh):
+        gradients, z = jax.jit(jax.grad(loss, argnums=(0, 1), has_aux=True))(timed.x, timed.y)
+    assert record[0] == local
+    np.testing.assert_allclose(z, scaled(timed), rtol=1e-5)
+    want = jax.grad(lambda x, y: (scaled(Timed(x, y)) ** 2).sum(), argnums=(0, 1))(timed.x, timed.y)
+    for x, y in zip(gradients, want, strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-4)

@@ -71,6 +71,21 @@ def test_block_ranges_never_skip_a_visible_pair_and_skip_what_they_can(block_q, 
         assert np.all(((m >= first[..., None]) & (m < last[..., None])) | ~truly.swapaxes(1, 2))
 
 
+@pytest.mark.parametrize(("block_q", "block_k"), [(1, 1), (3, 5), (8, 4)])
+def test_clear_blocks_are_those_without_an_invisible_pair(block_q, block_k):
+    """Of rows that exist; keys past S are invisible. The first run of them is what kernels go through unmasked."""
+    for mask in all_masks():
+        clear, seen = masks.clear_blocks(mask, T, S, block_q, block_k), by_loops(mask)
+        nq, nk = clear.shape[1:]
+        padding = ((0, 0), (0, nq * block_q - T), (0, 0))
+        padded = np.pad(np.pad(seen, padding, constant_values=True), ((0, 0), (0, 0), (0, nk * block_k - S)))
+        truly = padded.reshape(-1, nq, block_q, nk, block_k).all((2, 4))
+        np.testing.assert_array_equal(np.broadcast_to(clear, truly.shape), truly, str(mask))
+        (first, end), n = masks.clear_range(clear), np.arange(nk)
+        run = (n >= first[..., None]) & (n < end[..., None])
+        assert not np.any(run & ~clear) and np.array_equal(run.any(-1), clear.any(-1))
+
+
 def test_segments_in_different_blocks_are_skipped():
     segments = jnp.asarray(np.repeat([[1, 2, 3]], 8, axis=1).reshape(1, 24))
     mask = Mask(q_segments=segments, kv_segments=segments)

@@ -77,6 +77,54 @@ def test_terms_of_halves_add_up_to_the_whole(evaluated):
         np.testing.assert_allclose(a, b, rtol=1e-5)
 
 
+@pytest.mark.parametrize(
+    "change", [{}, {"tie_embeddings": True, "logit_soft_cap": 0.7}, {"dtype": "bfloat16"}]
+)
+def test_the_gradient_is_that_of_losses_of_whole_logits(change):
+    objective = LanguageModelling(
+        dataclasses.replace(MODEL, **change), LanguageModellingConfig(z_loss=0.1), 7
+    )
+    params = objective.init(jax.random.key(1))
+
+    def by_logits(params):
+        nll, lse = token_losses(objective.logits(params, BATCH), BATCH["targets"])
+        return jnp.sum((nll + 0.1 * lse**2) * BATCH["weights"])
+
+    def fused(params):
+        return objective(params, BATCH, None).loss_sum
+
+    (got, gradient), (want, expected) = (jax.jit(jax.value_and_grad(f))(params) for f in (fused, by_logits))
+    bound = (
+        2e-2 if change.get("dtype") else 1e-5
+    )  # of the largest: bfloat16 rounds what reaches the norm below
+    np.testing.assert_allclose(got, want, rtol=1e-5)
+    for x, y in zip(jax.tree.leaves(gradient), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(x, y, atol=bound * float(jnp.abs(y).max()))
+
+
+@pytest.mark.parametrize("implementation", ["blockwise", "reference"])
+def test_the_implementation_may_be_chosen(evaluated, implementation):
+    objective, params, _ = evaluated
+    options = LanguageModellingConfig(z_loss=0.1, implementation=implementation)
+    named = dataclasses.replace(objective, options=options)(params, BATCH, None)
+    for a, b in zip(jax.tree.leaves(named), jax.tree.leaves(objective(params, BATCH, None)), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5)
+
+
+def test_training_holds_no_logits():
+    """Compiled, value and gradient take less memory than a quarter of the logits [1, 2048, 8192]."""
+    model = dataclasses.replace(MODEL, vocab_size=8192)
+    objective = LanguageModelling(model, LanguageModellingConfig(), 2048)
+    params = jax.eval_shape(objective.init, jax.random.key(0))
+    batch = {name: jax.ShapeDtypeStruct((1, 2048), x.dtype) for name, x in BATCH.items()}
+
+    def loss(params, batch):
+        return objective(params, batch, None).loss_sum
+
+    compiled = jax.jit(jax.value_and_grad(loss)).lower(params, batch).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < 2048 * 8192 * 4 // 4
+
+
 def test_uncounted_targets_do_not_matter(evaluated):
     objective, params, _ = evaluated
     counted = BATCH["weights"] > 0
@@ -94,3 +142,10 @@ def test_cost_is_the_models(evaluated):
 def test_negative_z_loss_is_refused():
     with pytest.raises(ValueError, match="z_loss=-1.0 is negative"):
         LanguageModellingConfig(z_loss=-1.0).validate()
+
+
+def test_an_unknown_implementation_is_refused():
+    with pytest.raises(
+        ValueError, match="objective.implementation='abacus' is unknown; choose one of pallas_tpu"
+    ):
+        LanguageModellingConfig(implementation="abacus").validate()

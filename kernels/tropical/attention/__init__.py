@@ -14,7 +14,12 @@ from kernels.signatures import Array, Float, checked
 from kernels.tropical.attention.arguments import SCORES, BlockSizes, canonicalize, layout
 from kernels.tropical.attention.blockwise import blockwise
 from kernels.tropical.attention.combine import combine_contexts, shift_winners
+from kernels.tropical.attention.gpu import pallas_gpu
+from kernels.tropical.attention.gpu import why_unsupported as why_not_gpu
 from kernels.tropical.attention.reference import reference, scores
+from kernels.tropical.attention.sharded import EXCHANGES
+from kernels.tropical.attention.tpu import pallas_tpu
+from kernels.tropical.attention.tpu import why_unsupported as why_not_tpu
 
 __all__ = [
     "SCORES",
@@ -27,7 +32,12 @@ __all__ = [
 ]
 
 # In order of preference; the reference is last because it holds T x S x D.
-IMPLEMENTATIONS = (Implementation("blockwise", blockwise), Implementation("reference", reference))
+IMPLEMENTATIONS = (
+    Implementation("pallas_tpu", pallas_tpu, why_not_tpu, ("tpu",)),
+    Implementation("pallas_gpu", pallas_gpu, why_not_gpu, ("cuda",)),
+    Implementation("blockwise", blockwise),
+    Implementation("reference", reference),
+)
 DEVALUATIONS = {"expm1": jnp.expm1, "exp": jnp.exp, "none": lambda c: c}
 
 
@@ -76,8 +86,10 @@ def tropical_attention(
         devaluation: "expm1", "exp" or "none" (o = c).
         return_context: also return c.
         return_winners: also return the winning keys; hard scores only.
-        implementation: "blockwise" (memory linear in T and S), "reference" (dense), or None for the best.
-        block_sizes: blocks of queries and keys; they change no bit of a hard result.
+        implementation: "pallas_tpu", "pallas_gpu" (kernels for hard maxima in float32), "blockwise" (memory linear in
+            T and S), "reference" (dense), or None for the best.
+        block_sizes: blocks of queries and keys; they change no bit of a hard result. Kernels round them up to whole
+            registers.
 
     Returns:
         o [B, T, H, Dv] in q's dtype; then, if asked for, c [B, T, H, Dv] float32 (float64), -inf where no key is
@@ -87,7 +99,9 @@ def tropical_attention(
         ValueError: shapes that do not fit, an unknown score or devaluation, options that exclude each other, or an
             implementation that does not exist.
 
-    Under `jax.set_mesh`, batch is split over ("data", "fsdp") and heads over "tensor"; the sequence stays whole.
+    Under `jax.set_mesh`, batch is split over ("data", "fsdp"), heads over "tensor" and time over "sequence", where keys
+    go round in a ring; rows alone are split for smooth maxima, and where a causal mask is not over one sequence. See
+    `kernels.dispatch.over_mesh`.
     """
     if devaluation not in DEVALUATIONS:
         raise ValueError(f"{devaluation=} is unknown; choose one of {tuple(DEVALUATIONS)}")
@@ -101,7 +115,7 @@ def tropical_attention(
     )  # fmt: skip
     c, winners = dispatch.over_mesh(
         lambda local: dispatch.run(IMPLEMENTATIONS, implementation, local),
-        arguments, layout(arguments), ("b.h.", "b.h."),
+        arguments, layout(arguments), ("bth.", "bth."), EXCHANGES,
     )  # fmt: skip
     o = devalue(c, devaluation, context_clip).astype(q.dtype)
     rest = (c,) * return_context + (winners,) * return_winners

@@ -46,7 +46,8 @@ class Arguments:
     """What every implementation receives; arrays in the working dtype, float32 or float64.
 
     q [B, T, H, D], k [B, S, K, D], v [B, S, K, Dv], bias [B or 1, H or 1, T or 1, S or 1] or None, slopes [H] or None,
-    beta [] or None (hard maxima); score is never "lse_dot", which is "maxplus_dot" with beta = 1.
+    beta [] or None (hard maxima); score is never "lse_dot", which is "maxplus_dot" with beta = 1; block_sizes None: the
+    implementation's own.
     """
 
     q: jax.Array
@@ -58,7 +59,7 @@ class Arguments:
     mask: Mask
     score: str = static()
     score_scale: float = static()
-    block_sizes: BlockSizes = static()
+    block_sizes: BlockSizes | None = static()
 
     @property
     def group(self) -> int:
@@ -85,8 +86,7 @@ def canonicalize(q, k, v, *, score, mask, bias, slopes, score_scale, smooth_beta
     score, beta = _smoothing(score, smooth_beta, dtype)
     q, k, v = (x.astype(dtype) for x in (q, k, v))
     mask = masks.validate(mask, B, T, S)
-    sizes = block_sizes or BlockSizes.choose(T, S)
-    return Arguments(q, k, v, bias, slopes, beta, mask, score, float(score_scale), sizes)
+    return Arguments(q, k, v, bias, slopes, beta, mask, score, float(score_scale), block_sizes)
 
 
 def _check_bias(shape, full):
@@ -108,10 +108,11 @@ def _smoothing(score, smooth_beta, dtype):
 
 def layout(arguments: Arguments) -> Arguments:
     """The axis letters of every operand, for `dispatch.over_mesh`."""
-    (B, _, H, _), bias = arguments.q.shape, arguments.bias
-    letters = {"q": "b.h.", "k": "b.k.", "v": "b.k.", "slopes": "h", "beta": ""}
+    (B, T, H, _), bias = arguments.q.shape, arguments.bias
+    letters = {"q": "bth.", "k": "bsk.", "v": "bsk.", "slopes": "h", "beta": ""}
     if bias is not None:
-        letters["bias"] = ("b" if bias.shape[0] == B else ".") + ("h" if bias.shape[1] == H else ".") + ".."
+        sizes = zip("bht", bias.shape, (B, H, T), strict=False)
+        letters["bias"] = "".join(name if size == whole else "." for name, size, whole in sizes) + "."
     return dataclasses.replace(
         dispatch.with_letters(arguments, **letters), mask=dispatch.mask_layout(arguments.mask)
     )

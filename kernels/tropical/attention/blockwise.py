@@ -27,7 +27,8 @@ def blockwise(arguments: Arguments) -> tuple[jax.Array, jax.Array]:
         return smooth(arguments)
     a = arguments
     mask = dataclasses.replace(a.mask, q_offset=jnp.asarray(a.mask.q_offset, jnp.int32))
-    return _attend(_Options(a.score, a.score_scale, a.block_sizes), a.q, a.k, a.v, a.bias, a.slopes, mask)
+    sizes = a.block_sizes or BlockSizes.choose(a.q.shape[1], a.k.shape[1])
+    return _attend(_Options(a.score, a.score_scale, sizes), a.q, a.k, a.v, a.bias, a.slopes, mask)
 
 
 @dataclass(frozen=True)
@@ -137,10 +138,7 @@ def _backward(options, residuals, cotangents):
     g = jnp.where(j >= 0, cotangents[0], 0)
     dq, dk, dv = gradients.of_operands(options.score, options.scale, q, k, v, j, g)
     dbias = None if bias is None else gradients.of_bias(bias, j, g)
-    dslopes = None
-    if slopes is not None:
-        behind = (mask.q_offset + jnp.arange(q.shape[1]))[:, None, None] - j
-        dslopes = -(g * behind).sum((0, 1, 3))
+    dslopes = None if slopes is None else gradients.of_slopes(mask.q_offset, j, g)
     return dq, dk, dv, dbias, dslopes, None
 
 

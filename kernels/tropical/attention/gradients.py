@@ -55,6 +55,28 @@ def _channels(score, q, k):
     return [(smallest, D, -1)]  # hilbert_asym, whose sums over all channels are added apart
 
 
+def of_channels(
+    score: str, scale: float, q_shape, v_shape, channels, j, g
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The same when the channels (p, m) int32 [B, T, H, Dv] are known: sums alone, all at once."""
+    (B, T, H, D), (S, K, Dv) = q_shape, v_shape[1:]
+    b, i, h, d = jnp.ogrid[:B, :T, :H, :Dv]
+    (p, m), at, of_score = channels, (b, jnp.maximum(j, 0), h * K // H), scale * g
+    dq, dk = jnp.zeros(q_shape, g.dtype), jnp.zeros((B, S, K, D), g.dtype)
+    shares = {
+        "hilbert": [(m, 1, -1), (p, -1, -1)],
+        "hilbert_asym": [(m, D, -1)],
+        "maxplus_dot": [(p, 1, 1)],
+    }
+    for channel, factor, of_key in shares[score]:
+        dq = dq.at[b, i, h, channel].add(factor * of_score)
+        dk = dk.at[*at, channel].add(of_key * factor * of_score)
+    if score == "hilbert_asym":
+        dq = dq - of_score.sum(3, keepdims=True)
+        dk = dk + jnp.zeros((B, S, K), g.dtype).at[at].add(of_score)[..., None]
+    return dq, dk, jnp.zeros(v_shape, g.dtype).at[*at, d].add(g)
+
+
 def of_bias(bias, j, g) -> jax.Array:
     """Gradient of the bias [B or 1, H or 1, T or 1, S or 1]."""
     (B, T, H, _) = g.shape
@@ -62,6 +84,12 @@ def of_bias(bias, j, g) -> jax.Array:
     places = (b, h, i, jnp.maximum(j, 0))
     places = tuple(jnp.where(size == 1, 0, place) for size, place in zip(bias.shape, places, strict=True))
     return jnp.zeros_like(bias).at[places].add(g)
+
+
+def of_slopes(q_offset, j, g) -> jax.Array:
+    """Gradient of the slopes [H]: minus the distance to the winner, for every row and channel."""
+    behind = (q_offset + jnp.arange(j.shape[1]))[:, None, None] - j
+    return -(g * behind).sum((0, 1, 3))
 
 
 def _chunks(x, count):

@@ -13,12 +13,22 @@ from kernels.masks import Mask
 from kernels.signatures import Array, Float, checked
 from kernels.tropical.linear.arguments import LAYOUT, OUT_LAYOUT, canonicalize
 from kernels.tropical.linear.blockwise import blockwise
+from kernels.tropical.linear.gpu import pallas_gpu
+from kernels.tropical.linear.gpu import why_unsupported as why_not_gpu
 from kernels.tropical.linear.reference import INITIAL, NOTHING, reference
+from kernels.tropical.linear.sharded import EXCHANGES
+from kernels.tropical.linear.tpu import pallas_tpu
+from kernels.tropical.linear.tpu import why_unsupported as why_not_tpu
 
 __all__ = ["INITIAL", "NOTHING", "maxplus_linear_attention"]
 
 # In order of preference; the reference is last because its gradient keeps the state of every token.
-IMPLEMENTATIONS = (Implementation("blockwise", blockwise), Implementation("reference", reference))
+IMPLEMENTATIONS = (
+    Implementation("pallas_tpu", pallas_tpu, why_not_tpu, ("tpu",)),
+    Implementation("pallas_gpu", pallas_gpu, why_not_gpu, ("cuda",)),
+    Implementation("blockwise", blockwise),
+    Implementation("reference", reference),
+)
 
 
 @checked
@@ -52,7 +62,8 @@ def maxplus_linear_attention(
             row goes on from initial_state, left padding hands it through.
         return_state: also return the state after the last token.
         return_winners: also return which key won: -1 is the initial state, -2 nothing.
-        implementation: "blockwise" (chunks, linear memory), "reference" (token by token), or None for the best.
+        implementation: "pallas_tpu", "pallas_gpu" (float32 kernels), "blockwise" (chunks, linear memory), "reference"
+            (token by token), or None for the best.
 
     Returns:
         c [B, T, H, Dv] float32 (float64 for float64 operands), the context before devaluation, -inf at padding; then,
@@ -61,12 +72,15 @@ def maxplus_linear_attention(
     Raises:
         ValueError: shapes that do not fit, a mask it cannot honour, or an implementation that does not exist.
 
-    Under `jax.set_mesh`, batch is split over ("data", "fsdp") and heads over "tensor"; the sequence stays whole.
+    Under `jax.set_mesh`, batch is split over ("data", "fsdp"), heads over "tensor" and, unless winners are asked for,
+    time over "sequence", along which the state is carried (of equal entries of the carried state the lowest d' then
+    gets the gradient); see `kernels.dispatch.over_mesh`.
     """
     arguments, real = canonicalize(q, k, v, log_decay, initial_state, mask)
     c, winners, state = dispatch.over_mesh(
-        lambda local: dispatch.run(IMPLEMENTATIONS, implementation, local), arguments, LAYOUT, OUT_LAYOUT
-    )
+        lambda local: dispatch.run(IMPLEMENTATIONS, implementation, local),
+        arguments, LAYOUT, OUT_LAYOUT, () if return_winners else EXCHANGES,
+    )  # fmt: skip
     state = _one_copy(state, k.shape[2])
     c = jnp.where(real[..., None, None], c, -jnp.inf)
     winners = jnp.where(c == -jnp.inf, NOTHING, winners)

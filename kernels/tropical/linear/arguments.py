@@ -26,8 +26,8 @@ class Arguments:
     fresh: jax.Array
 
 
-LAYOUT = Arguments(q="b.h.", k="b.k.", v="b.k.", a="b.k", m0="bk..", fresh="b.")
-OUT_LAYOUT = ("b.h.", "b.h.", "bk..")
+LAYOUT = Arguments(q="bth.", k="btk.", v="btk.", a="btk", m0="bk..", fresh="bt")
+OUT_LAYOUT = ("bth.", "bth.", "bk..")
 
 
 def canonicalize(q, k, v, log_decay, initial_state, mask) -> tuple[Arguments, jax.Array]:

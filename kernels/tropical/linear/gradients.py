@@ -18,13 +18,31 @@ def gradients(q, k, v, m0, j, origin, dc, dstate):
     g = jnp.where(j >= INITIAL, dc, 0)
     dstate = jnp.where(origin >= INITIAL, dstate, 0)
     dq, dk, dv, dm0 = _from_contexts(q, k, v, m0, j, g)
+    return dq, *_with_state((dk, dv, dm0), j, g, origin, dstate)
+
+
+def of_channels(q_shape, j, p, origin, dc, dstate):
+    """The same when the winners' channels p [B, T, H, Dv] are known: sums alone, all at once."""
+    (B, T, H, D), (K, Dv) = q_shape, origin.shape[1::2]
+    g, dstate = jnp.where(j >= INITIAL, dc, 0), jnp.where(origin >= INITIAL, dstate, 0)
+    b, i, h, d = jnp.ogrid[:B, :T, :H, :Dv]
+    of_key, at, head = jnp.where(j >= 0, g, 0), jnp.maximum(j, 0), h * K // H
+    dq = jnp.zeros(q_shape, g.dtype).at[b, i, h, p].add(g)
+    dk = jnp.zeros((B, T, K, D), g.dtype).at[b, at, head, p].add(of_key)
+    dv = jnp.zeros((B, T, K, Dv), g.dtype).at[b, at, head, d].add(of_key)
+    dm0 = jnp.zeros((B, K, D, Dv), g.dtype).at[b, head, p, d].add(g - of_key)
+    return dq, *_with_state((dk, dv, dm0), j, g, origin, dstate)
+
+
+def _with_state(gradients, j, g, origin, dstate):
+    """dk, dv, da, dm0 with what the last state's entries send to their origins."""
+    dk, dv, dm0 = gradients
     b, h, d, n = jnp.ogrid[tuple(slice(size) for size in origin.shape)]
     of_key = jnp.where(origin >= 0, dstate, 0)
     at = jnp.maximum(origin, 0)
     dk, dv = dk.at[b, at, h, d].add(of_key), dv.at[b, at, h, n].add(of_key)
     dm0 = dm0 + jnp.where(origin == INITIAL, dstate, 0)
-    da = _decay_gradient(j, g, origin, dstate)
-    return dq, dk, dv, da, dm0
+    return dk, dv, _decay_gradient(j, g, origin, dstate), dm0
 
 
 def _from_contexts(q, k, v, m0, j, g):

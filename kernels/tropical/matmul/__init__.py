@@ -10,10 +10,19 @@ from kernels.dispatch import Implementation
 from kernels.signatures import Array, Float, checked
 from kernels.tropical.matmul.arguments import canonicalize, layout
 from kernels.tropical.matmul.blockwise import blockwise
+from kernels.tropical.matmul.gpu import pallas_gpu
+from kernels.tropical.matmul.gpu import why_unsupported as why_not_gpu
 from kernels.tropical.matmul.reference import reference
+from kernels.tropical.matmul.tpu import pallas_tpu
+from kernels.tropical.matmul.tpu import why_unsupported as why_not_tpu
 
 # In order of preference; the reference is last because it may hold M x K x N.
-IMPLEMENTATIONS = (Implementation("blockwise", blockwise), Implementation("reference", reference))
+IMPLEMENTATIONS = (
+    Implementation("pallas_tpu", pallas_tpu, why_not_tpu, ("tpu",)),
+    Implementation("pallas_gpu", pallas_gpu, why_not_gpu, ("cuda",)),
+    Implementation("blockwise", blockwise),
+    Implementation("reference", reference),
+)
 
 
 @checked
@@ -32,7 +41,8 @@ def maxplus_matmul(
         a: [..., M, K], any float dtype.
         b: [..., K, N]; the leading axes of both broadcast.
         return_winners: also return the winning k.
-        implementation: "blockwise" (nothing larger than operands and result), "reference" (dense), or None.
+        implementation: "pallas_tpu", "pallas_gpu" (float32 kernels), "blockwise" (nothing larger than operands and
+            result), "reference" (dense), or None.
 
     Returns:
         c [..., M, N] in the operands' dtype, formed in float32 (float64 for float64 operands); with return_winners
@@ -43,10 +53,11 @@ def maxplus_matmul(
 
     Under `jax.set_mesh` the first leading axis is divided over ("data", "fsdp") and the second over "tensor".
     """
-    arguments = canonicalize(a, b)
+    arguments = canonicalize(a, b, return_winners)
     letters, out = layout(arguments)
+    outs = out, out if return_winners else None
     c, winners = dispatch.over_mesh(
-        lambda local: dispatch.run(IMPLEMENTATIONS, implementation, local), arguments, letters, (out, out)
+        lambda local: dispatch.run(IMPLEMENTATIONS, implementation, local), arguments, letters, outs
     )
     c = c.astype(jax.numpy.promote_types(a.dtype, b.dtype))
     return (c, winners) if return_winners else c

@@ -10,18 +10,13 @@ import jax
 import jax.numpy as jnp
 
 from kernels.tropical import tiles
-from kernels.tropical.matmul.arguments import Arguments
+from kernels.tropical.matmul.arguments import Arguments, over_leading
 
 
-def blockwise(arguments: Arguments) -> tuple[jax.Array, jax.Array]:
-    """c [..., M, N] and the first winner [..., M, N] int32 (-1 where c = -inf)."""
-    a, b = arguments.a, arguments.b
-    if b.ndim == 2:  # one matrix for all: leading axes are rows
-        c, j = _product(a.shape[-1], a.reshape(1, -1, a.shape[-1]), b[None])
-        return tuple(x.reshape(*a.shape[:-1], b.shape[-1]) for x in (c, j))
-    lead = jnp.broadcast_shapes(a.shape[:-2], b.shape[:-2])
-    a, b = (jnp.broadcast_to(x, (*lead, *x.shape[-2:])).reshape(-1, *x.shape[-2:]) for x in (a, b))
-    return tuple(x.reshape(*lead, *x.shape[1:]) for x in _product(a.shape[-1], a, b))
+def blockwise(arguments: Arguments) -> tuple[jax.Array, jax.Array | None]:
+    """c [..., M, N] and, if asked for, the first winner [..., M, N] int32 (-1 where c = -inf)."""
+    c, j = over_leading(partial(_product, arguments.a.shape[-1]), arguments)
+    return c, j if arguments.winners else None
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -36,9 +31,14 @@ def _forward(K, a, b):
 
 
 def _backward(K, j, cotangents):
+    return of_operands(K, j, cotangents[0])
+
+
+def of_operands(K: int, j: jax.Array, g: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """dA [P, M, K] and dB [P, K, N] from the winners j and the cotangent g [P, M, N]."""
     P, M, N = j.shape
     p, m, n = jnp.ogrid[:P, :M, :N]
-    g, at = jnp.where(j >= 0, cotangents[0], 0), jnp.maximum(j, 0)
+    g, at = jnp.where(j >= 0, g, 0), jnp.maximum(j, 0)
     da = jnp.zeros((P, M, K), g.dtype).at[p, m, at].add(g)
     return da, jnp.zeros((P, K, N), g.dtype).at[p, at, n].add(g)
 

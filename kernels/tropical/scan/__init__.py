@@ -9,13 +9,21 @@ import jax.numpy as jnp
 from kernels import dispatch
 from kernels.dispatch import Implementation
 from kernels.masks import Mask
+from kernels.sequence import last_step
 from kernels.signatures import Array, Float, checked
 from kernels.tropical.scan.arguments import Arguments, canonicalize
 from kernels.tropical.scan.blockwise import associative, blockwise
+from kernels.tropical.scan.gpu import pallas_gpu
+from kernels.tropical.scan.gpu import why_unsupported as why_not_gpu
 from kernels.tropical.scan.reference import reference
+from kernels.tropical.scan.sharded import EXCHANGES
+from kernels.tropical.scan.tpu import pallas_tpu
+from kernels.tropical.scan.tpu import why_unsupported as why_not_tpu
 
 # In order of preference; the reference is last because it takes T steps and keeps its intermediate states.
 IMPLEMENTATIONS = (
+    Implementation("pallas_tpu", pallas_tpu, why_not_tpu, ("tpu",)),
+    Implementation("pallas_gpu", pallas_gpu, why_not_gpu, ("cuda",)),
     Implementation("blockwise", blockwise),
     Implementation("associative", associative),
     Implementation("reference", reference),
@@ -47,7 +55,8 @@ def maxplus_scan(
         mask: segments and left padding; must be causal, without window, offset and lengths.
         return_state: also return the state after the last token.
         return_carry_wins: also return whether a_t + h_{t-1} >= b_t.
-        implementation: "blockwise" (chunks), "associative" (one scan), "reference" (token by token), or None.
+        implementation: "pallas_tpu", "pallas_gpu" (float32 kernels), "blockwise" (chunks), "associative" (one scan),
+            "reference" (token by token), or None.
 
     Returns:
         h [B, T, ...] float32 (float64 for float64 operands); then, if asked for, the state [B, ...] in the same dtype
@@ -56,18 +65,20 @@ def maxplus_scan(
     Raises:
         ValueError: shapes that do not fit, a mask it cannot honour, or an implementation that does not exist.
 
-    Under `jax.set_mesh`, batch is split over ("data", "fsdp") and the axis after T over "tensor".
+    Under `jax.set_mesh`, batch is split over ("data", "fsdp"), the axis after T over "tensor" and time over "sequence",
+    along which the state is carried; see `kernels.dispatch.over_mesh`.
     """
     arguments, real = canonicalize(a, b, h0, mask)
     rest = ("h" + "." * a.ndim)[: a.ndim - 2]
-    letters = Arguments("b." + rest, "b." + rest, "b" + rest)
+    letters = Arguments("bt" + rest, "bt" + rest, "b" + rest)
     h, carry_wins = dispatch.over_mesh(
         lambda local: dispatch.run(IMPLEMENTATIONS, implementation, local),
         arguments,
         letters,
         (letters.a, letters.a),
+        EXCHANGES,
     )
-    state = h[:, -1]
+    state = last_step(h)
     h = jnp.where(real.reshape(real.shape + (1,) * (a.ndim - 2)), h, -jnp.inf)
     more = (state,) * return_state + (carry_wins,) * return_carry_wins
     return (h, *more) if more else h

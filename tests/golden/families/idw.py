@@ -17,7 +17,7 @@ from kernels.masks import Mask
 from kernels.streaming import IMPLEMENTATIONS
 from tests.golden.registry import Golden, Unsupported, family
 
-NAMES = tuple(each.name for each in IMPLEMENTATIONS)
+NAMES = tuple(each.name for each in IMPLEMENTATIONS if "cpu" in each.platforms)
 # The published code's name, and other spellings, of each method.
 SYNONYMS = {
     "neglog-dist": "idw",

@@ -119,6 +119,8 @@ class Contract(contract.OpContract):
     """The shared contract, and what gates add to it. Subclasses set `implementation`."""
 
     cases = CASES
+    named = CASES  # for the tests below, which take theirs by name
+    small = BlockSizes(8, 8)
     loose = {"global": 1e-4}  # one long sum loses digits
     bfloat16_tolerance = 2e-2
 
@@ -136,7 +138,7 @@ class Contract(contract.OpContract):
         return {"o": o, "lse": lse}
 
     def test_vmap_over_a_traced_offset(self):
-        case = CASES["traced_chunk"]
+        case = self.named["traced_chunk"]
         arrays, _ = operands(case, np.float32)
 
         def at(offset):
@@ -151,17 +153,17 @@ class Contract(contract.OpContract):
 
     def test_causality_by_exact_zeros(self):
         """The gradient of row 20 is exactly zero for later keys and gates, and for nothing before them."""
-        case = CASES["sixty_three"]
+        case = self.named["sixty_three"]
         self._only_reads(case, row=20, keys=slice(0, 21), gates=slice(1, 21))
 
     def test_packed_documents_are_isolated_by_exact_zeros(self):
         """Row 40 of batch row 0 lies in the document of keys 31..62; its first gate (31) is never read."""
-        case = CASES["segments"]
+        case = self.named["segments"]
         self._only_reads(case, row=40, keys=slice(31, 41), gates=slice(32, 41))
 
     def test_window_by_exact_zeros(self):
         """Row 8 stands at position 100 and sees keys 64..100 (gates before them get a sum of zeros up to rounding)."""
-        case = CASES["window"]
+        case = self.named["window"]
         self._only_reads(case, row=8, keys=slice(64, 101), gates=slice(0, 101))
 
     def _only_reads(self, case, row, keys, gates):
@@ -180,9 +182,7 @@ class Contract(contract.OpContract):
 
     @pytest.mark.smoke
     def test_unread_gates_change_nothing_and_get_zero_gradient(self):
-        case = Case(
-            23, 23, mask={"starts": np.array([0, 9], np.int32)}, options={"block_sizes": BlockSizes(8, 8)}
-        )
+        case = Case(23, 23, mask={"starts": np.array([0, 9], np.int32)}, options={"block_sizes": self.small})
         arrays, _ = operands(case, np.float32)
         changed = [*arrays[:3], arrays[3].copy()]
         changed[3][0, 0], changed[3][1, :10] = -3.0, -70.0

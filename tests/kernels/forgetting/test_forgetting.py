@@ -165,7 +165,7 @@ def test_block_sizes():
         ({"decay_mode": "fast"}, "decay_mode='fast' is unknown"),
         (
             {"implementation": "pallas_tpu"},
-            "'pallas_tpu' does not exist; available here: 'blockwise', 'reference'",
+            "'pallas_tpu' cannot run: it is compiled for tpu and this is cpu; .*available here: 'blockwise'",
         ),
     ],
 )

@@ -30,10 +30,13 @@ def test_any_chunk_size_gives_the_same(chunk_size):
             assert relative_error(x, y) < 1e-12
 
 
-def gradient_program(T, implementation, mask=None):
+def gradient_program(T, implementation, mask=None, **options):
     def loss(q, k, v):
         mask_here = Mask() if mask is None else mask
-        num, den = linear_attention(q, k, v, mask=mask_here, angle=1e-3, implementation=implementation)
+        decays = {name: -jnp.abs(k) for name in options.get("decays", ())}
+        num, den = linear_attention(
+            q, k, v, mask=mask_here, angle=1e-3, implementation=implementation, **decays
+        )
         return (num.sum(-1) * den).sum()
 
     x = jnp.zeros((1, T, 2, 16))
@@ -73,6 +76,15 @@ def test_no_array_is_quadratic(fields):
         fields = fields | dict.fromkeys(("q_segments", "kv_segments"), jnp.ones((1, T), jnp.int32))
     assert cost(gradient_program(T, "blockwise", Mask(**fields)))[1] < T * T // 4
     assert cost(gradient_program(T, "reference", Mask(**fields)))[1] >= T * T
+
+
+@pytest.mark.parametrize("fields", [{}, {"q_offset": 7}])
+def test_with_decays_nothing_is_quadratic_either(fields):
+    """The largest array are the states at the starts of chunks: T / 128 of D x (Dv + 1) numbers a head."""
+    flops, largest = cost(gradient_program(2048, "blockwise", Mask(**fields), decays=("log_key_decay",)))
+    assert largest < 2048 * 2048 // 4
+    twice = cost(gradient_program(4096, "blockwise", Mask(**fields), decays=("log_key_decay",)))
+    assert twice[0] < 2.1 * flops and twice[1] <= 2 * largest
 
 
 def test_states_are_not_repeated_for_query_heads():

@@ -48,6 +48,28 @@ def test_pieces_with_the_state_between_equal_the_whole(implementation, angle):
     near(jax.jit(in_pieces)(*arrays, segments), jax.jit(run)(*arrays, segments))
 
 
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_pieces_with_decays_equal_the_whole(implementation):
+    q, k, v = operands()
+    g, h = -jnp.square(k), -jnp.square(v)
+
+    def run(q, k, v, g, h, state=None):
+        num, _, state = linear_attention(
+            q, k, v, log_key_decay=g, log_value_decay=h, angle=0.1, initial_state=state, return_state=True,
+            denominator=False, chunk_size=2, implementation=implementation,
+        )  # fmt: skip
+        return num, state
+
+    def in_pieces(*whole):
+        state, pieces = None, []
+        for piece in (slice(0, 4), slice(4, 5), slice(5, 12)):
+            num, state = run(*(x[:, piece] for x in whole), state)
+            pieces.append(num)
+        return jnp.concatenate(pieces, axis=1), state
+
+    near(jax.jit(in_pieces)(q, k, v, g, h), jax.jit(run)(q, k, v, g, h))
+
+
 def test_gradients_flow_through_the_state():
     q, k, v = operands()
 
@@ -157,6 +179,26 @@ def test_equals_one_device(shape, K, kind):
         ({"initial_state": State(jnp.zeros((2, 2, 5, 3)))}, r"initial_state.real has shape \(2, 2, 5, 3\)"),
         ({"initial_state": State(jnp.zeros((2, 2, 5, 4)), jnp.zeros((2, 2, 5, 4)))}, "give the angle"),
         ({"initial_state": State(jnp.zeros((2, 2, 5, 4)), None, jnp.zeros(2, int))}, "the mask has none"),
+        (
+            {"log_value_decay": np.zeros((2, 12, 2, 3), np.float32)},
+            "no one denominator adds up; give denominator=False",
+        ),
+        (
+            {"log_key_decay": np.zeros((2, 12, 2), np.float32), "mask": Mask(causal=False)},
+            "mask.causal=False with a decay",
+        ),
+        (
+            {"log_key_decay": np.zeros((2, 12, 4), np.float32)},
+            r"log_key_decay is float32\[2, 12, 4\], expected Float\[B S K\] or Float\[B S K D\]",
+        ),
+        (
+            {"log_key_decay": np.zeros((2, 12, 2, 5), jnp.bfloat16)},
+            "log_key_decay has dtype bfloat16, expected float32",
+        ),
+        (
+            {"denominator": False, "initial_state": State(jnp.zeros((2, 2, 5, 4)))},
+            r"shape \(2, 2, 5, 4\), expected .*denominator=False, = \(2, 2, 5, 3\)",
+        ),
         ({"implementation": "blockwise", "allowed": np.ones((2, 12, 12), bool)}, "no dense `allowed` matrix"),
         ({"q": np.zeros((2, 12, 3, 5), np.float32)}, "H=3 query heads must be a multiple of the K=2"),
         ({"k": np.zeros((2, 11, 2, 5), np.float32)}, "v is .*expected"),

@@ -40,6 +40,42 @@ def test_equals_a_loop():
         np.testing.assert_allclose(state.imag[b, h, d], turned.imag, atol=1e-5)
 
 
+def test_decays_equal_the_recurrence():
+    """Z_t = diag(e^g) Z_{t-1} diag(e^h) + k v^T token by token; a number a token is the same for all channels."""
+    rng = np.random.default_rng(0)
+    T, K, D, Dv = 6, 2, 3, 4
+    q, k, g, v, h = (rng.normal(size=(1, T, K, n)) for n in (D, D, D, Dv, Dv))
+    number = -rng.uniform(0, 2, size=(1, T, K))
+
+    def walk(g, h, v):
+        Z, rows = np.zeros((K, D, v.shape[-1])), []
+        for t in range(T):
+            Z = (
+                np.exp(g[0, t])[..., None] * Z * np.exp(h[0, t])[:, None]
+                + k[0, t][..., None] * v[0, t][:, None]
+            )
+            rows.append(np.einsum("kde,kd->ke", Z, q[0, t]))
+        return np.stack(rows)[None], Z[None]
+
+    def run(**options):
+        narrow = {n: x.astype(np.float32) for n, x in options.items() if n != "denominator"}
+        return linear_attention(
+            *(x.astype(np.float32) for x in (q, k, v)), return_state=True, implementation="reference",
+            **options | narrow,
+        )  # fmt: skip
+
+    num, den, state = run(log_key_decay=-(g**2), log_value_decay=-(h**2), denominator=False)
+    want, last = walk(-(g**2), -(h**2), v)
+    assert den is None
+    np.testing.assert_allclose(num, want, atol=1e-5)
+    np.testing.assert_allclose(state.real, last, atol=1e-5)
+    num, den, state = run(log_key_decay=number)
+    ones = np.concatenate([v, np.ones((1, T, K, 1))], axis=-1)
+    want, last = walk(np.repeat(number[..., None], D, -1), np.zeros_like(ones), ones)
+    np.testing.assert_allclose(np.concatenate([num, den[..., None]], -1), want, atol=1e-5)
+    np.testing.assert_allclose(state.real, last, atol=1e-5)
+
+
 def test_results_are_as_wide_as_sums_need():
     x = jnp.ones((1, 2, 1, 3), jnp.bfloat16)
     num, den = linear_attention(x, x, x)

@@ -1,7 +1,10 @@
 """The cases of softplus attention, and how its implementations are called; see tests/kernels/contract.py."""
 
+import jax
 import numpy as np
+import pytest
 
+from kernels import pallas
 from kernels.softplus import BlockSizes, softplus_attention
 from tests.kernels.contract import Case, OpContract, packed
 
@@ -50,3 +53,23 @@ class SoftplusContract(OpContract):
         options = {name: x for name, x in case.options.items() if name != "learned"}
         o = softplus_attention(**operands, mask=self.mask(case), implementation=implementation, **options)
         return {"o": o}
+
+
+class SimulatedContract(SoftplusContract):
+    """A Pallas kernel, simulated; what takes long is thorough, and float64 is refused."""
+
+    test_in_float64_they_match_to_its_rounding = None
+
+    @pytest.fixture(autouse=True)
+    def _simulated(self):
+        with pallas.interpreted():
+            yield
+
+    def test_float64_is_refused(self):
+        case = min(self.cases.values(), key=lambda case: case.T)
+        with jax.enable_x64(True), pytest.raises(ValueError, match="q is float64; cast q, k, v to float32"):
+            self.call(case, self.implementation, self.draw(case))
+
+    @pytest.mark.thorough
+    def test_compiled_mapped_rematerialised_and_exported_are_the_same(self):
+        super().test_compiled_mapped_rematerialised_and_exported_are_the_same()

@@ -8,19 +8,20 @@ from dataclasses import dataclass
 import jax.numpy as jnp
 import numpy as np
 
-from kernels.streaming import BlockSizes, product, streaming_attention
+from kernels.streaming import BlockSizes, streaming_attention
 from tests.kernels.contract import Case, OpContract, packed
 
 
 @dataclass(frozen=True)
 class Cluttered:
-    """g tanh(q.k) - m |i - j| + u.k: a nonlinearity, a slope per head, a vector per head, perhaps no self."""
+    """g tanh(q.k + u) - m |i - j| + u w: a nonlinearity, numbers of heads, rows and keys, perhaps no self."""
 
     hide_self: bool = False
 
-    def __call__(self, q, k, rows, cols, gain, slope, direction):
-        away = (rows[:, None] - cols[None, :]).astype(q.dtype)
-        s = gain * jnp.tanh(product(q, k)) - slope * jnp.abs(away) + (k @ direction)[None, :]
+    def __call__(self, x, rows, cols, of_rows, of_cols, extras):
+        (u,), (w,), (gain, slope) = of_rows, of_cols, extras
+        away = (rows - cols).astype(x.dtype)
+        s = gain * jnp.tanh(x + u) - slope * jnp.abs(away) + u * w
         return jnp.where(away == 0, -jnp.inf, s) if self.hide_self else s
 
 
@@ -39,20 +40,23 @@ CASES = {
 
 class StreamingContract(OpContract):
     cases = CASES
+    query_operands = ("q", "u")
+    key_operands = ("k", "v", "w")
 
     def operands(self, case, rng):
-        extras = {
+        values = {
+            "u": rng.normal(size=(case.B, case.T, case.H)),
+            "w": rng.normal(size=(case.B, case.S, case.H)),
             "gain": rng.normal(1, 0.3, size=case.H),
             "slope": rng.uniform(0, 0.1, size=case.H),
-            "direction": rng.normal(size=(case.H, case.D)),
         }
-        return super().operands(case, rng) | extras
+        return super().operands(case, rng) | values
 
     def call(self, case, implementation, operands):
         options = {"score": Cluttered()} | case.options
-        q, k, v, *extras = (operands[n] for n in ("q", "k", "v", "gain", "slope", "direction"))
+        q, k, v, u, w, *extras = (operands[n] for n in ("q", "k", "v", "u", "w", "gain", "slope"))
         o, lse = streaming_attention(
-            options.pop("score"), q, k, v, extras,
+            options.pop("score"), q, k, v, (u,), (w,), tuple(extras),
             mask=self.mask(case), return_lse=True, implementation=implementation, **options,
         )  # fmt: skip
         return {"o": o, "lse": lse}

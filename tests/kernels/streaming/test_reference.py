@@ -30,8 +30,8 @@ def test_two_keys_by_hand():
 def test_rows_and_columns_are_absolute_positions():
     """With the score -100 |i - 2 - j| a query at position a takes the value of key a - 2."""
 
-    def two_back(q, k, rows, cols):
-        return -100.0 * jnp.abs(rows[:, None] - 2 - cols[None, :]).astype(q.dtype)
+    def two_back(x, rows, cols, of_rows, of_cols, extras):
+        return -100.0 * jnp.abs(rows - 2 - cols).astype(x.dtype)
 
     q, k, v = jnp.ones((1, 3, 1, 1)), jnp.ones((1, 9, 1, 1)), jnp.arange(9.0).reshape(1, 9, 1, 1)
     for implementation in ("reference", "blockwise"):

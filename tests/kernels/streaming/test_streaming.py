@@ -21,16 +21,20 @@ class Unhashable(DotProduct):
     ("arguments", "message"),
     [
         ((DotProduct(1.0), q[0], k, v), r"q is float32\[5, 4, 3\], expected Float\[B T H D\]"),
-        ((DotProduct(1.0), q, k[:1], v), r"k is float32\[1, 7, 2, 3\], expected Float\[B S K Dk\] with B=2"),
+        ((DotProduct(1.0), q, k[:1], v), r"k is float32\[1, 7, 2, 3\], expected Float\[B S K D\] with B=2"),
         ((DotProduct(1.0), q, k, v[:, :5]), r"v is float32\[2, 5, 2, 6\].* S=7"),
         ((DotProduct(1.0), q[:, :, :3], k, v), "H=3 query heads must be a multiple of the K=2"),
         ((DotProduct(1.0), q.astype(jnp.bfloat16), k, v), "share one float dtype; got bfloat16, float32"),
         ((DotProduct(1.0), q, k, v[..., :0]), "every dimension must be at least 1"),
-        ((DotProduct(1.0), q, k, v, (jnp.ones(3),)), r"extras\[0\] is float32\[3\], expected a float array \[H=4"),
-        ((DotProduct(1.0), q, k, v, (jnp.ones(4, int),)), r"extras\[0\] is int32\[4\]"),
+        ((DotProduct(1.0), q, k[..., :2], v), r"k is float32\[2, 7, 2, 2\].* D=3"),
+        ((DotProduct(1.0), q, k, v, (), (), (jnp.ones(3),)), r"extras\[0\] is .*, expected a float array \[H=4\]"),
+        ((DotProduct(1.0), q, k, v, (), (), (jnp.ones(4, int),)), r"extras\[0\] is int32\[4\]"),
+        ((DotProduct(1.0), q, k, v, (jnp.ones((2, 7, 4)),)), r"of_rows\[0\] is .*\[2, 7, 4\], .* \[B=2, T=5, H=4\]"),
+        ((DotProduct(1.0), q, k, v, (), (jnp.ones((2, 7, 2)),)), r"of_cols\[0\] is .*, expected .* \[B=2, S=7, H=4\]"),
         ((Unhashable(1.0), q, k, v), "is not hashable"),
-        ((lambda q, k, rows, cols: (q @ k.T).T, q, k, v), r"gives float32\[7, 5\] for 5 queries and 7 keys"),
-        ((lambda q, k, rows, cols: (q @ k.T).astype(jnp.bfloat16), q, k, v), r"expected float32\[5, 7\]"),
+        ((lambda x, *rest: x + q[0, :, 0, :1], q, k, v), r"closes over 1 array\(s\), of shapes .* pass them in"),
+        ((lambda x, *rest: x.T, q, k, v), r"gives float32\[7, 5\] for 5 queries and 7 keys"),
+        ((lambda x, *rest: x.astype(jnp.bfloat16), q, k, v), r"expected float32\[5, 7\]"),
     ],
 )  # fmt: skip
 def test_bad_calls_are_refused_in_a_sentence(arguments, message):
@@ -81,7 +85,7 @@ def test_results_over_parts_of_the_keys_merge_to_the_whole():
     ],
 )
 def test_eight_devices_equal_one(shape, K, kind):
-    """Also the gradients of the extras, which are summed over the devices that share a head."""
+    """Also the gradients of the numbers of heads, summed over the devices that share a head, of rows and of keys."""
     rows = packed(21, 21, B=8) | {"starts": np.arange(8, dtype=np.int32)}
     case, contract = Case(21, 21, B=8, H=4, K=K, mask=rows), StreamingContract()
     operands = contract.draw(case, np.float32)

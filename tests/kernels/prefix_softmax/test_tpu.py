@@ -1,0 +1,88 @@
+"""The TPU kernels of prefix softmax, simulated: the contract, several grid steps, races and unwritten memory."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental.pallas import tpu as pltpu
+
+from kernels import pallas
+from kernels.prefix_softmax import prefix_softmax
+from tests.kernels.contract import packed
+from tests.kernels.prefix_softmax.contract import CASES, PrefixContract, square
+
+STRICT = pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan", out_of_bounds_reads="raise")
+# Heads: two steps of two chunks of 128. Channels (Dv = 1): three steps of two chunks of 64.
+STEPS = {
+    "steps": square(389, H=2, K=1, B=2, mask=packed(389, 389), options={"chunk_size": 256}),
+    "channels": square(300, H=3, K=1, Dv=1, mask=packed(300, 300), options={"chunk_size": 128}),
+    "channels_continued": square(140, Dv=1, options={"chunk_size": 128, "initial": True}),
+}
+
+
+class Simulated(PrefixContract):
+    implementation = "pallas_tpu"
+    test_in_float64_they_match_to_its_rounding = None  # refused
+
+    @pytest.fixture(autouse=True)
+    def simulated(self):
+        with pallas.interpreted():
+            yield
+
+
+class TestTpu(Simulated):
+    cases = {"steps": STEPS["steps"]}
+    test_numpy_operands_and_implementation_names = pytest.mark.thorough(
+        PrefixContract.test_numpy_operands_and_implementation_names
+    )
+    test_compiled_mapped_rematerialised_and_exported_are_the_same = pytest.mark.thorough(
+        PrefixContract.test_compiled_mapped_rematerialised_and_exported_are_the_same
+    )
+
+
+@pytest.mark.thorough
+class TestTpuThoroughly(Simulated):
+    cases = CASES | {name: STEPS[name] for name in ("channels", "channels_continued")}
+
+
+@pytest.mark.parametrize("value_size", [3, pytest.param(1, marks=pytest.mark.thorough)])
+def test_no_races_no_unwritten_memory_and_nothing_out_of_bounds(value_size):
+    case = square(150, H=2, K=1, Dv=value_size, B=1, mask=packed(150, 150, B=1), options={"chunk_size": 128})
+    contract = PrefixContract()
+    x = contract.draw(case, np.float32)
+    want = contract.evaluate(case, "reference", x)
+    with pallas.interpreted(STRICT):
+        got = contract.evaluate(case, "pallas_tpu", x)
+    contract.compare(got, jax.tree.map(np.asarray, want), 2e-5, 2e-5, "strict")
+
+
+@pytest.mark.parametrize("value_size", [2, 1])
+def test_logits_of_any_size(value_size):
+    """Sums of e^s would overflow at 88; a product of factors e^(M_{i-1} - M_i) may underflow, rightly."""
+    case, contract = square(140, H=2, K=2, Dv=value_size), PrefixContract()
+    x = contract.draw(case, np.float32)
+    x["s"] *= np.float32(1e29)
+    with jax.enable_x64(True):
+        want = contract.evaluate(case, "reference", {n: a.astype(np.float64) for n, a in x.items()})
+        want = jax.tree.map(np.asarray, want)
+    with pallas.interpreted():
+        got = contract.evaluate(case, "pallas_tpu", x)
+    contract.compare(got, want, 2e-6, 2e-6, "large")
+
+
+@pytest.mark.smoke
+@pytest.mark.parametrize("value_size", [2, 1])
+def test_two_keys(value_size):
+    s, v = jnp.array([[[0.0], [1.0]]]), jnp.arange(2.0)[None, :, None, None] * jnp.ones(value_size)
+    with pallas.interpreted():
+        o = prefix_softmax(s, v, implementation="pallas_tpu")
+    np.testing.assert_allclose(o[0, :, 0, 0], [0, 1 / (1 + np.exp(-1))], rtol=1e-6)
+
+
+def test_float64_is_refused_with_the_way_out():
+    with (
+        jax.enable_x64(True),
+        pallas.interpreted(),
+        pytest.raises(ValueError, match="cast s and v to float32"),
+    ):
+        prefix_softmax(np.zeros((1, 2, 1)), np.zeros((1, 2, 1, 2)), implementation="pallas_tpu")
