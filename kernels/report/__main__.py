@@ -27,9 +27,6 @@ def main(arguments: list[str] | None = None) -> int:
     names = options.targets.split(",")
     with tempfile.TemporaryDirectory(prefix="kernel-report-") as folder:
         found = _measure(names, Path(folder) / "dump", options)
-    if options.out:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(json.dumps(found, indent=1) + "\n")
     failed = [record for record in found["records"] if "error" in record]
     print(f"{len(found['records']) - len(failed)} of {len(found['records'])} compiled for {options.targets}")
     return min(len(failed), 100)
@@ -46,6 +43,7 @@ def _parser():
     parser.add_argument(
         "--page", type=Path, nargs="+", help="print the page made of these files of figures instead"
     )
+    parser.add_argument("--resume", action="store_true", help="keep what --out has from the same compilers")
     return parser
 
 
@@ -56,8 +54,27 @@ def _measure(names, folder, options):
     wanted = options.kernels.split(",") if options.kernels else None
     chosen = [c for c in cases.all_cases() if not wanted or c.kernel in wanted]
     chosen = [c for c in chosen if c.quick] if options.quick else chosen
-    command = "python -m kernels.report " + " ".join(sys.argv[1:])
-    return {"command": command, "versions": run.versions(), "records": run.measure(chosen, names, folder)}
+    found = {
+        "command": "python -m kernels.report " + " ".join(sys.argv[1:]),
+        "versions": run.versions(),
+        "records": [],
+    }
+    known = _known(options, found["versions"])
+    for record in run.measure(chosen, names, folder, known):
+        print(run.sentence(record), flush=True)
+        found["records"].append(record)
+        if options.out:  # after each, since compiling them all takes long
+            options.out.parent.mkdir(parents=True, exist_ok=True)
+            options.out.write_text(json.dumps(found, indent=1) + "\n")
+    return found
+
+
+def _known(options, versions):
+    """Records of a run before that was cut off; of other compilers, or unasked for, none."""
+    if not (options.resume and options.out and options.out.exists()):
+        return []
+    before = json.loads(options.out.read_text())
+    return before["records"] if before["versions"] == versions else []
 
 
 if __name__ == "__main__":

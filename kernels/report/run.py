@@ -4,7 +4,7 @@ import contextlib
 import importlib.metadata
 import shutil
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import jax
@@ -16,30 +16,42 @@ from kernels.report.case import KernelCase
 FULLY = ("v5e", "sm_90")  # machines that get every shape; the others get `few` of them
 
 
-def measure(cases: Sequence[KernelCase], target_names: Iterable[str], folder: Path, say=print) -> list[dict]:
-    """One record a case and target; `folder` is where the compiler writes its dumps, emptied before each compile."""
-    records = []
-    for target in target_names:
+def measure(
+    cases: Sequence[KernelCase], target_names: Sequence[str], folder: Path, known: Sequence[dict] = ()
+) -> Iterator[dict]:
+    """One record a case and target; `folder` is where the compiler writes its dumps, emptied before each compile.
+
+    First what every target gets, then the other shapes. Records among `known` are given again instead of made anew.
+    """
+    known = {_key(record): record for record in known if "error" not in record}
+    first = [(target, case) for target in target_names for case in few(cases)]
+    rest = [(target, case) for target in target_names if target in FULLY for case in cases]
+    for target, case in [*first, *(pair for pair in rest if pair not in first)]:
         platform = targets.platform(target)
-        for case in cases if target in FULLY else few(cases):
-            if platform in case.platforms:
-                records.append(_record(case, target, platform, folder))
-                say(_sentence(records[-1]), flush=True)
-    return records
+        if platform in case.platforms:
+            start = _start(case, target)
+            yield known.get(_key(start)) or _record(start, case, target, platform, folder)
 
 
 def few(cases: Sequence[KernelCase]) -> list[KernelCase]:
-    """The quick cases, and of each kernel the first other one in bfloat16 and the first in float32."""
+    """Of each kernel the first case in bfloat16 and the first in float32, quick ones only if there are no others."""
     chosen = {}
-    for case in cases:
+    for case in sorted(cases, key=lambda case: case.quick):
         narrow = any(x.dtype == jnp.bfloat16 for x in jax.tree.leaves(case.operands))
-        chosen.setdefault((case.kernel, "quick" if case.quick else narrow), case)
-    return [case for case in cases if case in chosen.values()]
+        chosen.setdefault((case.kernel, narrow), case)
+    return [case for case in cases if any(case is each for each in chosen.values())]
 
 
-def _record(case, target, platform, folder):
+def _start(case, target):
     record = {"kernel": case.kernel, "label": case.label, "target": target, "backward": case.backward}
-    record |= {"facts": dict(case.facts)} if case.facts else {}
+    return record | ({"facts": dict(case.facts)} if case.facts else {})
+
+
+def _key(record):
+    return tuple(record[name] for name in ("kernel", "label", "target", "backward"))
+
+
+def _record(record, case, target, platform, folder):
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     started = time.monotonic()
@@ -63,7 +75,8 @@ def _costs(compiled):
     return {name: costs[key] for key, name in names.items() if key in costs}
 
 
-def _sentence(record):
+def sentence(record: dict) -> str:
+    """A record in one line."""
     what = f"{record['target']:6} {record['kernel']} {record['label']}"
     return f"{what}: {record['error']}" if "error" in record else f"{what}: {record['seconds_to_compile']} s"
 

@@ -6,10 +6,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import pytest
 
-from kernels.report import environment, page
+from kernels.report import environment, page, run
 from kernels.report.__main__ import main
+from kernels.report.case import KernelCase
 
 ROOT = Path(__file__).parents[3]
 
@@ -64,12 +67,12 @@ def test_the_page_shows_every_record_and_every_failure(quick):
     }
     gpu = {"name": "k", "registers": 40, "spills": 8, "shared": 2048, "threads": 128, "tensor_cores": True}
     other = {"kernel": "softplus", "label": "T=2", "target": "sm_90", "backward": False, "temporaries": 2**20}
-    run = {
+    other_run = {
         "command": "python -m x",
         "versions": {"jax": "1"},
         "records": [broken, other | {"kernels": [gpu]}],
     }
-    text = page.render([quick, run])
+    text = page.render([quick, other_run])
     assert "no run time on hardware was measured" in text
     assert "| T=2 forward | sm_90 | 40 | 8 | 2 | 128 | yes | 1 |" in text
     assert "- T=1 for v5p: ValueError: no" in text
@@ -93,3 +96,14 @@ def test_dump_flags_join_those_that_are_set(monkeypatch, tmp_path):
         monkeypatch.setenv(name, os.environ.get(name, ""))
     environment.prepare(["v5e", "v6e"], tmp_path)
     assert os.environ["LIBTPU_INIT_ARGS"].startswith("--x=1 --xla_jf_dump_to=")
+
+
+def test_other_machines_get_the_first_shape_of_each_kernel_in_each_precision():
+    def case(kernel, label, dtype, quick=False):
+        return KernelCase(kernel, label, lambda name, x: x, (jax.ShapeDtypeStruct((2,), dtype),), quick=quick)
+
+    cases = [
+        case("a", "quick", jnp.bfloat16, True), case("a", "narrow", jnp.bfloat16), case("a", "second", jnp.bfloat16),
+        case("a", "wide", jnp.float32), case("b", "only", jnp.float32, True),
+    ]  # fmt: skip
+    assert [each.label for each in run.few(cases)] == ["narrow", "wide", "only"]
