@@ -18,12 +18,13 @@ import jax.numpy as jnp
 
 from kernels import pallas
 from kernels.linear import State, linear_attention
+from kernels.linear.gpu import LARGEST
+from kernels.linear.tpu import CHANNELS
 from kernels.masks import Mask
 from kernels.slots.arguments import Arguments, SlotState
 from kernels.slots.blockwise import joined_with_window, softmax_of_slots
 from kernels.slots.rows import delay, find_rows
 
-LARGEST_ON_GPU = 128
 _einsum = partial(jnp.einsum, precision="highest")
 
 
@@ -40,16 +41,23 @@ def gpu(arguments: Arguments):
 def why_not_on_tpu(arguments: Arguments) -> str | None:
     if arguments.accumulator == jnp.float64:
         return "float64 is not a TPU's; cast the operands to float32, or use 'blockwise'"
-    return None
+    return _too_wide({name: size for name, size in _sizes(arguments).items() if name != "Dw"}, CHANNELS)
 
 
 def why_not_on_gpu(arguments: Arguments) -> str | None:
-    a = arguments
-    if a.accumulator == jnp.float64:
+    if arguments.accumulator == jnp.float64:
         return "it sums in float32, and the operands are float64; cast them, or use 'blockwise'"
-    sizes = {"D": a.q.shape[3], "Dv": a.v.shape[3], "M": a.log_gates.shape[3], "Dw": a.q_window.shape[3]}
-    wide = [f"{name}={size}" for name, size in sizes.items() if size > LARGEST_ON_GPU]
-    return f"{', '.join(wide)} exceeds its tiles of {LARGEST_ON_GPU}; use 'blockwise'" if wide else None
+    return _too_wide(_sizes(arguments), LARGEST)
+
+
+def _sizes(a):
+    """Channels of each part: queries and keys, values, slots, queries and keys of the window."""
+    return {"D": a.q.shape[3], "Dv": a.v.shape[3], "M": a.log_gates.shape[3], "Dw": a.q_window.shape[3]}
+
+
+def _too_wide(sizes, largest):
+    wide = [f"{name}={size}" for name, size in sizes.items() if size > largest]
+    return f"{', '.join(wide)} exceeds its tiles of {largest}; use 'blockwise'" if wide else None
 
 
 def _of_parts(arguments, implementation, platform):

@@ -43,6 +43,11 @@ def heads(x):
     return jnp.swapaxes(jnp.asarray(x), 1, 2)
 
 
+def on_cpu(implementations):
+    """Those that can run here by name."""
+    return [each for each in implementations if "cpu" in each.platforms]
+
+
 def setting(golden: Golden, *names: str, default):
     """The first of these names in the settings of the file."""
     known = golden.meta | golden.meta.get("settings", {})
@@ -75,7 +80,7 @@ def product(golden: Golden):
     a, b, cotangent = (
         jnp.asarray(x) for x in (golden.inputs["a"], golden.inputs["b"], golden.cotangents["c"])
     )
-    for each in matmul.IMPLEMENTATIONS:
+    for each in on_cpu(matmul.IMPLEMENTATIONS):
 
         @jax.jit
         def run(a, b, cotangent, name=each.name):
@@ -100,7 +105,7 @@ def product(golden: Golden):
     when=lambda g: g.params.keys() == {"W"} and "in.x" in g.arrays and "cot.y" in g.arrays,
 )
 def linear_map(golden: Golden):
-    for each in matmul.IMPLEMENTATIONS:
+    for each in on_cpu(matmul.IMPLEMENTATIONS):
 
         @jax.jit
         def run(x, w, cotangent, name=each.name):
@@ -125,7 +130,7 @@ def core(golden: Golden):
     if "bias" in x:
         bias = bias + jnp.asarray(x["bias"])
     hard = score != "lse_dot"
-    for each in attention.IMPLEMENTATIONS:
+    for each in on_cpu(attention.IMPLEMENTATIONS):
 
         @jax.jit
         def run(operands, bias, cotangent, name=each.name):
@@ -162,7 +167,7 @@ def layer(golden: Golden):
     config, x = layer_config(golden), golden.inputs["x"]
     count = setting(golden, "n_heads", "num_heads", "heads", "H", default=None)
     count = int(count or golden.arrays["out.scores"].shape[0] // x.shape[0])
-    for each in attention.IMPLEMENTATIONS:
+    for each in on_cpu(attention.IMPLEMENTATIONS):
         chosen = dataclasses.replace(config, implementation=each.name)
         module = MultiHeadTropicalAttention(chosen, x.shape[-1], count, jnp.float64, jnp.float64)
 
@@ -196,7 +201,7 @@ def layer_config(golden: Golden) -> MHTAConfig:
 @family("max-plus scan", when=lambda g: {"in.a", "in.b", "out.h"} <= g.arrays.keys())
 def scanned(golden: Golden):
     x = golden.inputs
-    for each in scan.IMPLEMENTATIONS:
+    for each in on_cpu(scan.IMPLEMENTATIONS):
 
         @jax.jit
         def run(a, b, h0, cotangent, name=each.name):
@@ -218,7 +223,7 @@ def linear_attention(golden: Golden):
     x, cotangents = golden.inputs, golden.cotangents
     operands = {name: heads(x[name]) for name in ("q", "k", "v", "a") if name in x}
     state = next((jnp.asarray(x[name]) for name in ("state", "state0", "m0", "M0") if name in x), None)
-    for each in linear.IMPLEMENTATIONS:
+    for each in on_cpu(linear.IMPLEMENTATIONS):
 
         @jax.jit
         def run(operands, name=each.name):
