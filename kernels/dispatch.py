@@ -10,6 +10,7 @@ keys, anything else not sharded.
 
 import dataclasses
 import math
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -23,6 +24,9 @@ from kernels import pallas
 from kernels.sequence import Axis, Exchange
 
 ACCELERATORS = ("tpu", "cuda", "rocm")
+# Accelerators whose kernels `implementation=None` prepares beside the CPU's form. A process that will not compile for
+# them may leave them out, which makes tracing faster: KERNELS_FOR="" for a CPU alone, "tpu" or "tpu,cuda" for some.
+PREPARED = tuple(name for name in os.environ.get("KERNELS_FOR", ",".join(ACCELERATORS)).split(",") if name)
 BATCH_AXES = ("data", "fsdp")
 HEAD_AXIS = "tensor"
 TIME_AXIS = "sequence"
@@ -45,6 +49,12 @@ class Implementation:
     platforms: tuple[str, ...] = ("cpu", *ACCELERATORS)
 
 
+if unknown := set(PREPARED) - set(ACCELERATORS):
+    raise ValueError(
+        f"KERNELS_FOR names {sorted(unknown)}; it may name {', '.join(ACCELERATORS)}, or nothing"
+    )
+
+
 def run(implementations: Sequence[Implementation], name: str | None, arguments: Any) -> Any:
     """Runs the named implementation, or for None the first usable one of the list for the platform compiled for.
 
@@ -60,7 +70,7 @@ def run(implementations: Sequence[Implementation], name: str | None, arguments: 
     first = {p: next((e for e in usable if p in e.platforms), None) for p in ("cpu", *ACCELERATORS)}
     if first["cpu"] is None:
         raise ValueError(f"no implementation can run on these arguments: {_sentences(reasons)}")
-    special = {p: first[p].function for p in ACCELERATORS if first[p] not in (None, first["cpu"])}
+    special = {p: first[p].function for p in PREPARED if first[p] not in (None, first["cpu"])}
     return _by_platform(special, first["cpu"].function, arguments)
 
 

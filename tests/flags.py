@@ -15,6 +15,9 @@ if version("jaxlib").startswith("0.10."):
 def set_flags(**more: str) -> None:
     """CPU only, with FLAGS and `more` in XLA_FLAGS unless they are set already."""
     os.environ["JAX_PLATFORMS"] = "cpu"
+    os.environ.setdefault(
+        "KERNELS_FOR", ""
+    )  # kernels of accelerators are asked for by name; see kernels/dispatch.py
     given = os.environ.get("XLA_FLAGS", "").split()
     flags = FLAGS | more
     missing = [

@@ -46,7 +46,9 @@ def test_a_named_implementation_runs_or_says_why_not():
         dispatch.run([FAST, TPU], None, jnp.zeros(3))
 
 
-def test_several_candidates_are_chosen_by_the_platform_compiled_for():
+def test_several_candidates_are_chosen_by_the_platform_compiled_for(monkeypatch):
+    monkeypatch.setattr(dispatch, "PREPARED", dispatch.ACCELERATORS)
+
     def traced(x):
         return dispatch.run([TPU, PLAIN], None, x)
 

@@ -78,7 +78,12 @@ def test_terms_of_halves_add_up_to_the_whole(evaluated):
 
 
 @pytest.mark.parametrize(
-    "change", [{}, {"tie_embeddings": True, "logit_soft_cap": 0.7}, {"dtype": "bfloat16"}]
+    "change",
+    [
+        {"tie_embeddings": True, "logit_soft_cap": 0.7},
+        pytest.param({}, marks=pytest.mark.thorough),
+        pytest.param({"dtype": "bfloat16"}, marks=pytest.mark.thorough),
+    ],
 )
 def test_the_gradient_is_that_of_losses_of_whole_logits(change):
     objective = LanguageModelling(

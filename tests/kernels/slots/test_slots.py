@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from kernels import dispatch
 from kernels.forgetting import forgetting_attention
 from kernels.slots import ChunkSizes, Mask, SlotState, slot_attention
 from kernels.streaming import merge
@@ -232,3 +233,12 @@ def test_bad_operands_and_chunks_are_refused():
         ChunkSizes(10, 4)
     with pytest.raises(ValueError, match="must be positive integers"):
         ChunkSizes(0, 4)
+
+
+@pytest.mark.parametrize("size", [64, 512])
+def test_the_default_goes_down_the_list_where_a_kernel_is_too_narrow(size, monkeypatch):
+    """As the published layers, whose heads have 512 channels; nothing is computed."""
+    monkeypatch.setattr(dispatch, "PREPARED", dispatch.ACCELERATORS)
+    q, g = jnp.zeros((1, 16, 1, size)), -jnp.ones((1, 16, 1, 8))
+    program = jax.make_jaxpr(lambda q: slot_attention(q, q, q, g, window=4))(q)
+    assert ("linear_forward" in str(program)) == (size == 64)
