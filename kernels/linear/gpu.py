@@ -49,10 +49,10 @@ def _angle_in_features(a):
 
 
 def chunk_size(line: Line) -> int:
-    """A power of two, at most the one asked for. Larger chunks mean fewer states in memory and more registers."""
+    """A power of two, at most the one asked for. Larger chunks mean fewer states, and registers that spill."""
     vector = line.value_decay is not None or (line.key_decay is not None and line.key_decay.shape[3] > 1)
     wide = line.k.dtype == jnp.float32 or max(line.q.shape[3], line.v.shape[3]) > 64
-    best = 32 if vector or wide else 64
+    best = 16 if vector or wide else 32
     return best if line.chunk_size is None else max(16, min(best, pl.next_power_of_2(line.chunk_size)))
 
 
