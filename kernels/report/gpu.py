@@ -12,6 +12,7 @@ _ENTRY = re.compile(r"\.entry (\w+)\(")
 _LAUNCH = re.compile(r"kCustomKernel.*?(\w+) grid: \[([\d, ]+)\] threads: \[(\d+).*shared_memory: (\d+)")
 _SPILLS = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads")
 _REGISTERS = re.compile(r"Used (\d+) registers")
+_BY_XLA = re.compile(r"(loop|input|wrapped|gemm)_")  # what XLA made of the code around the kernels
 _TENSOR_CORES = re.compile(r"wgmma\.mma_async|mma\.sync")
 
 
@@ -22,6 +23,7 @@ def kernels(folder: Path, target: str) -> list[dict]:
         for file in folder.glob("*thunk_sequence.txt")
         for m in _LAUNCH.finditer(file.read_text())
     }
+    launches = {name: launch for name, launch in launches.items() if not _BY_XLA.match(name)}
     texts = {}
     for file in sorted(folder.glob("*.ptx")):
         text = file.read_text()

@@ -22,6 +22,7 @@ MESHES = {
     "fsdp_tensor": MeshConfig(data=1, fsdp=4, tensor=2),
     "data_fsdp_tensor": MeshConfig(data=2, fsdp=2, tensor=2),
     "sequence": MeshConfig(data=2, sequence=4),
+    "fsdp_sequence_tensor": MeshConfig(data=1, fsdp=2, sequence=2, tensor=2),
 }
 
 
@@ -33,7 +34,7 @@ def one_device(text_folder, tmp_path_factory):
     return losses(workdir)
 
 
-QUICK = ("data_fsdp_tensor", "sequence")  # between them they use every axis
+QUICK = ("fsdp_sequence_tensor",)
 
 
 @pytest.mark.parametrize(
@@ -56,6 +57,7 @@ def test_resumed_run_equals_the_unbroken_one_to_the_bit(one_device, text_folder,
     assert run(first, tmp_path, jax.devices()[:1]).reason == "already complete"
 
 
+@pytest.mark.thorough
 def test_a_run_moves_to_another_mesh(one_device, text_folder, tmp_path):
     first = experiment(text_folder, steps=5)
     run(change(first, steps=2, mesh=MESHES["fsdp_tensor"]), tmp_path)

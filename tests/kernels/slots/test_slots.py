@@ -181,6 +181,7 @@ def test_left_padding_is_invisible_to_the_state_too():
     assert np.all(o[1, :9] == 0)
 
 
+@pytest.mark.thorough
 def test_a_mesh_gives_the_same_also_with_fewer_kv_heads_than_devices():
     q, k, v, g = operands(H=4, K=2)
     mesh = jax.make_mesh((2, 4), ("data", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
