@@ -13,9 +13,10 @@ This page is generated; do not edit it. `make report` makes it anew; the figures
 
 {commands}
 
-v5e and sm_90 get every shape; the other machines the first of each kernel in bfloat16 and in float32. Each line is
-one shape, with its gradient unless it says "forward"; figures of its kernels, in the order of the program, are divided
-by "/".
+A full run gives v5e and sm_90 every shape, and the other machines the first of each kernel in bfloat16 and in
+float32; a run that was cut off (it goes on with --resume) has fewer, and --quick has one small shape a kernel. Each
+line is one shape, with its gradient unless it says "forward"; figures of its kernels, in the order of the program, are
+divided by "/".
 """
 TPU = """
 **TPU** (Mosaic): VMEM in KiB; bundles are the instructions of the kernel's whole static schedule (loop bodies counted
