@@ -4,7 +4,7 @@ import dataclasses
 import os
 
 PACKINGS = ("concatenate", "truncate")
-SOURCE_KINDS = ("local", "tfds")
+SOURCE_KINDS = ("local", "tfds", "problems")
 TOKENIZER_KINDS = ("bytes", "sentencepiece", "hf")
 MAX_SEED = 2**32 - 1
 
@@ -13,8 +13,9 @@ MAX_SEED = 2**32 - 1
 class DataConfig:
     """Where text comes from and how it becomes batches [batch_size, sequence_length]."""
 
-    source: str = "local:stdlib"  # or "local:PATH or GLOB", or "tfds:NAME[/CONFIG][:VERSION][?feature=F]"
-    split: str = "train"  # training split; TFDS slices such as "train[:90%]" work for every source
+    # or "local:PATH or GLOB", "tfds:NAME[/CONFIG][:VERSION][?feature=F]", "problems:NAME[(OPTION=VALUE, ..)]"
+    source: str = "local:stdlib"
+    split: str = "train"  # training split; slices such as "train[:90%]" work for every source but problems
     eval_split: str = "validation"
     data_dir: str | None = None  # prepared data; None means $TFDS_DATA_DIR, else "runs/data"
     tokenizer: str = "bytes"  # "bytes", "sentencepiece:FILE", "hf:FILE[?bos=PIECE&eos=PIECE&pad=PIECE]"
@@ -24,6 +25,9 @@ class DataConfig:
     seed: int = 0  # order of the documents
     prefetch: int = 2  # batches made ahead of time by a thread; 0 makes each when it is asked for
     isolate_documents: bool = True  # False: one segment per row, so attention crosses document borders
+    learn_after: str = (
+        ""  # targets up to and with the first such text of a document weigh 0; without it, all count
+    )
     workers: int = 0  # processes that read and tokenise, 0 for this one alone; the batches are the same
 
     def validate(self) -> "DataConfig":

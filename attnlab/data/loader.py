@@ -33,7 +33,8 @@ def make_loader(
     """Iterate for ever over (batch, cursor).
 
     batch: dict of numpy arrays [R, T], row i being global row rows[i]: tokens, targets, segments, positions
-        int32; weights float32 (1 where the target counts, 0 in padding); bytes float32 (text bytes the target
+        int32; weights float32 (1 where the target counts, 0 in padding and where config.learn_after says
+        so); bytes float32 (text bytes the target
         accounts for).
     cursor: int32 [R, 2], the position of each row after that batch. Give it back to go on exactly there, with
         any other division of the same B rows among processes. It belongs to one source, tokeniser, B, seed
@@ -55,7 +56,7 @@ def make_loader(
     rows = _check_rows(rows, config)
     _check_min_length(min_length, config, repeat)
     source = open_source(config.source, split, config.data_dir) if source is None else source
-    encoded = EncodedDocuments(source, tokenizer)
+    encoded = EncodedDocuments(source, tokenizer, config.learn_after)
     if min_length is not None and not any(len(encoded[i]) >= min_length for i in range(len(encoded))):
         raise ValueError(
             f"No document of split {split!r} has min_length={min_length} targets: ask for fewer."

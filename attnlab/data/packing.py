@@ -18,7 +18,7 @@ import grain
 import numpy as np
 
 from attnlab.data.sources import DocumentSource
-from attnlab.data.tokenizers import Tokenizer
+from attnlab.data.tokenizers import ByteTokenizer, Tokenizer, as_text
 
 Batch = dict[str, np.ndarray]
 _MAX_INT32 = 2**31 - 1
@@ -26,23 +26,28 @@ _MAX_INT32 = 2**31 - 1
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Document:
-    """tokens int32 [n + 2] with BOS and EOS; num_bytes float32 [n + 1], text bytes of each target."""
+    """tokens int32 [n + 2] with BOS and EOS; float32 [n + 1] for each target: its text bytes, and its weight."""
 
     tokens: np.ndarray
     num_bytes: np.ndarray
+    weights: np.ndarray
 
     def __len__(self) -> int:
         return len(self.num_bytes)
 
     def tail(self, start: int) -> "Document":
-        return Document(self.tokens[start:], self.num_bytes[start:])
+        return Document(self.tokens[start:], self.num_bytes[start:], self.weights[start:])
 
 
 class EncodedDocuments:
-    """A source's documents as tokens. Rows that are reading the same document share one copy of it."""
+    """A source's documents as tokens. Rows that are reading the same document share one copy of it.
 
-    def __init__(self, source: DocumentSource, tokenizer: Tokenizer):
-        self.source, self.tokenizer = source, tokenizer
+    learn_after: targets up to and with the first such text of a document weigh 0, as do none of a document that lacks
+        it, and none at all if it is "". A token that reaches beyond that text counts, and so does EOS.
+    """
+
+    def __init__(self, source: DocumentSource, tokenizer: Tokenizer, learn_after: str = ""):
+        self.source, self.tokenizer, self.learn_after = source, tokenizer, learn_after
         self._open = weakref.WeakValueDictionary()
 
     def __len__(self) -> int:
@@ -51,13 +56,28 @@ class EncodedDocuments:
     def __getitem__(self, index: int) -> Document:
         document = self._open.get(index)
         if document is None:
-            ids, num_bytes = self.tokenizer.encode_with_bytes(self.source[index])
+            text = self.source[index]
+            ids, num_bytes = self.tokenizer.encode_with_bytes(text)
             tokens = np.concatenate([[self.tokenizer.bos_id], ids, [self.tokenizer.eos_id]], dtype=np.int32)
-            document = self._open[index] = Document(tokens, num_bytes)
+            weights = self._weights(text, num_bytes)
+            document = self._open[index] = Document(tokens, num_bytes, weights)
         return document
 
+    def _weights(self, text: str | bytes, num_bytes: np.ndarray) -> np.ndarray:
+        weights = np.ones(len(num_bytes), np.float32)
+        if not self.learn_after:
+            return weights
+        wanted = self.learn_after.encode("utf-8")
+        found = _counted_bytes(text, self.tokenizer).find(wanted)
+        if found >= 0:
+            stop, border = np.cumsum(num_bytes, dtype=np.float64), found + len(wanted)
+            # A target without bytes that stands at the border begins a character beyond it: it counts.
+            weights[(stop <= border) & (stop - num_bytes < border)] = 0
+            weights[-1] = 1
+        return weights
+
     def __getstate__(self) -> dict:
-        return {"source": self.source, "tokenizer": self.tokenizer}
+        return {"source": self.source, "tokenizer": self.tokenizer, "learn_after": self.learn_after}
 
     def __setstate__(self, state: dict) -> None:
         self.__init__(**state)
@@ -110,7 +130,7 @@ class RowStream:
         isolated = self.packing.isolate_documents
         out["tokens"][here] = document.tokens[there]
         out["targets"][here] = document.tokens[self.offset + 1 : self.offset + 1 + count]
-        out["weights"][here] = 1.0
+        out["weights"][here] = document.weights[there]
         out["segments"][here] = segment if isolated else 1
         # A document that goes on from the window before starts at 0 again: it sees nothing of that window.
         out["positions"][here] = np.arange(count) if isolated else np.arange(filled, filled + count)
@@ -189,6 +209,13 @@ class _PackedRowsIterator(grain.DatasetIterator):
 
     def set_state(self, state: dict) -> None:
         self._start(np.asarray(state["cursor"], np.int32).reshape(-1, 2))
+
+
+def _counted_bytes(text: str | bytes, tokenizer: Tokenizer) -> bytes:
+    """The bytes that encode_with_bytes counts: those of the text as the tokeniser reads it."""
+    if isinstance(text, bytes) and not isinstance(tokenizer, ByteTokenizer):
+        text = as_text(text)
+    return text.encode("utf-8") if isinstance(text, str) else text
 
 
 def empty_batch(num_rows: int, packing: Packing) -> Batch:

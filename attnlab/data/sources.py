@@ -1,9 +1,8 @@
-"""Text sources: a spec such as "local:stdlib" or "tfds:wiki40b/en" becomes a list of documents."""
+"""Text sources: a spec such as "local:stdlib", "tfds:wiki40b/en" or "problems:sort" becomes a list of documents."""
 
 import contextlib
 import io
 import os
-import tempfile
 import urllib.parse
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -13,10 +12,12 @@ import tensorflow_datasets as tfds
 from absl import logging
 
 from attnlab.data.config import data_directory
-from attnlab.data.local_files import SPLITS
 from attnlab.data.local_text import LocalText, local_text_config
+from attnlab.data.prepared import leader_first, prepare, records, tfds_builder
+from attnlab.data.problems import ProblemSource, open_problems
 
-FILE_FORMAT = "array_record"  # random access, and no TensorFlow to write or read it
+GENERATED_SIZE = 1_000_000  # documents of an epoch of generated problems, unless their `size` says otherwise
+TEXT_STREAM = 1  # texts are other problems than those that are asked for one by one (stream 0)
 
 
 class DocumentSource(Protocol):
@@ -40,6 +41,20 @@ class TextSource:
         return self.records[int(index)][self.feature]
 
 
+class ProblemTexts:
+    """Problems of one split and level as documents, question and solution joined. Picklable."""
+
+    def __init__(self, problems: ProblemSource):
+        self.problems = problems
+
+    def __len__(self) -> int:
+        return self.problems.finite or GENERATED_SIZE
+
+    def __getitem__(self, index: int) -> str:
+        problem = self.problems.at(int(index))
+        return problem.question + problem.solution
+
+
 def open_source(
     spec: str,
     split: str,
@@ -47,55 +62,22 @@ def open_source(
     *,
     leader: bool = True,
     barrier: Callable[[], None] | None = None,
-) -> TextSource:
+) -> DocumentSource:
     """Open a split of a source, preparing it under `data_dir` (see data_directory) when it is not there yet.
 
-    spec: "local:stdlib", "local:PATH or GLOB", or "tfds:NAME[/CONFIG][:VERSION][?feature=NAME]".
-    split: a split's name, or a TFDS slice of one such as "train[:90%]".
+    spec: "local:stdlib", "local:PATH or GLOB", "tfds:NAME[/CONFIG][:VERSION][?feature=NAME]", or
+        "problems:NAME(level=3, size=1000, ..)", solved problems made as they are read (see attnlab.data.problems).
+    split: a split's name, or a TFDS slice of one such as "train[:90%]"; "train" or "test" of problems.
     barrier: with many processes, a function that returns when all have called it; only the leader prepares
         before it. Without one every process may prepare: the first to finish is kept. Hosts that do not share
         `data_dir` find nothing after the barrier and prepare their own copy.
     Raises ValueError in one sentence for a bad spec, an unknown or empty split, and data that cannot be had.
     """
-    if barrier and not leader:
-        barrier()
-    try:
+    with leader_first(leader, barrier):
+        if spec.startswith("problems:"):
+            return ProblemTexts(open_problems(spec, split, stream=TEXT_STREAM))
         builder, feature = _open_builder(spec, Path(data_directory(data_dir)))
-    finally:  # even when preparing fails, or the other processes would wait for ever
-        if barrier and leader:
-            barrier()
-    return TextSource(_records(builder, spec, split), feature)
-
-
-def prepare(make: Callable[[Path], tfds.core.DatasetBuilder], data_dir: Path) -> tfds.core.DatasetBuilder:
-    """Return make(data_dir) with its data in place, writing it first if need be.
-
-    Data is written elsewhere and renamed, so a reader never meets half a dataset: a killed process leaves
-    only a scratch folder, and of two that prepare at once the second finds the name taken and drops its equal
-    copy.
-    """
-    builder = make(data_dir)
-    if _is_written(builder):
-        return builder
-    data_dir.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".preparing-", dir=data_dir) as scratch:
-        written = make(Path(scratch))
-        options = tfds.download.DownloadConfig(try_download_gcs=False)  # those copies have no random access
-        written.download_and_prepare(
-            download_dir=os.fspath(data_dir / "downloads"), download_config=options, file_format=FILE_FORMAT
-        )
-        final = Path(builder.data_dir)
-        final.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            os.rename(written.data_dir, final)
-        except OSError:
-            if not _is_written(builder):
-                raise
-    return make(data_dir)
-
-
-def _is_written(builder: tfds.core.DatasetBuilder) -> bool:
-    return os.path.exists(os.path.join(builder.data_dir, "dataset_info.json"))  # TFDS writes it last
+    return TextSource(records(builder, spec, split), feature)
 
 
 def _open_builder(spec: str, data_dir: Path) -> tuple[tfds.core.DatasetBuilder, str]:
@@ -105,7 +87,7 @@ def _open_builder(spec: str, data_dir: Path) -> tuple[tfds.core.DatasetBuilder, 
     if kind == "tfds" and name:
         return _open_tfds(name, data_dir)
     raise ValueError(
-        f"Source {spec!r} must be 'local:stdlib', 'local:PATH' or 'tfds:NAME[/CONFIG][:VERSION]'."
+        f"Source {spec!r} must be 'local:stdlib', 'local:PATH', 'tfds:NAME[/CONFIG][:VERSION]' or 'problems:NAME'."
     )
 
 
@@ -135,17 +117,7 @@ def _open_tfds(spec: str, data_dir: Path) -> tuple[tfds.core.DatasetBuilder, str
     options = dict(urllib.parse.parse_qsl(query))
     if set(options) - {"feature"}:
         raise ValueError(f"Source 'tfds:{spec}' has options {sorted(options)}: only 'feature' is known.")
-    try:
-        builder = prepare(lambda at: tfds.builder(name, data_dir=at), data_dir)
-    except tfds.core.DatasetNotFoundError as error:
-        raise ValueError(f"TFDS knows no dataset {name!r}: check its name in the TFDS catalogue.") from error
-    except Exception as error:  # downloads fail in as many ways as there are hosts and formats
-        reason = " ".join(str(error).split())[:200]
-        raise ValueError(
-            f"TFDS dataset {name!r} is not prepared under {str(data_dir)!r} and could not be "
-            f"({type(error).__name__}: {reason}): prepare it where there is a network, with "
-            f"file_format={FILE_FORMAT!r}, and copy the folder, or use source='local:stdlib'."
-        ) from error
+    builder = tfds_builder(name, data_dir)
     return builder, _text_feature(builder, name, options.get("feature"))
 
 
@@ -157,22 +129,3 @@ def _text_feature(builder: tfds.core.DatasetBuilder, name: str, feature: str | N
         wanted = f"has no text feature {feature!r}" if feature else "has no single text feature"
         raise ValueError(f"TFDS dataset {name!r} {wanted}: add ?feature=NAME, NAME being one of {texts}.")
     return chosen
-
-
-def _records(builder: tfds.core.DatasetBuilder, spec: str, split: str) -> Sequence[dict]:
-    counts = {name: info.num_examples for name, info in builder.info.splits.items()}
-    name = split.partition("[")[0]
-    if name not in counts and not (spec.startswith("local:") and name in SPLITS):
-        raise ValueError(f"Source {spec!r} has no split {split!r}: it has {counts} (split: documents).")
-    if name not in counts or not builder.info.splits[split].num_examples:
-        raise ValueError(
-            f"Split {split!r} of {spec!r} has no documents (it has {counts}): add files, or slice another, "
-            "such as 'train[:90%]' and 'train[90%:]'."
-        )
-    try:
-        return builder.as_data_source(split)
-    except NotImplementedError as error:
-        raise ValueError(
-            f"Source {spec!r} is prepared at {builder.data_dir!r} as {builder.info.file_format.value}, which has no "
-            f"random access: move it away or give another data_dir, so that it is written as {FILE_FORMAT}."
-        ) from error

@@ -83,10 +83,10 @@ class SentencePieceTokenizer:
         self.pad_id = self._model.pad_id() if self._model.pad_id() >= 0 else self.eos_id
 
     def encode(self, text: str | bytes) -> np.ndarray:
-        return np.asarray(self._model.encode(_as_text(text)), np.int32)
+        return np.asarray(self._model.encode(as_text(text)), np.int32)
 
     def encode_with_bytes(self, text: str | bytes) -> tuple[np.ndarray, np.ndarray]:
-        text = _as_text(text)
+        text = as_text(text)
         pieces = self._model.encode(text, return_type="proto").pieces  # offsets are in bytes of the raw text
         ids = np.array([piece.id for piece in pieces], np.int32)
         ends = np.array([piece.end for piece in pieces], np.int64)
@@ -136,10 +136,10 @@ class HFTokenizer:
         return found[0]
 
     def encode(self, text: str | bytes) -> np.ndarray:
-        return np.asarray(self._model.encode(_as_text(text), add_special_tokens=False).ids, np.int32)
+        return np.asarray(self._model.encode(as_text(text), add_special_tokens=False).ids, np.int32)
 
     def encode_with_bytes(self, text: str | bytes) -> tuple[np.ndarray, np.ndarray]:
-        text = _as_text(text)
+        text = as_text(text)
         encoding = self._model.encode(text, add_special_tokens=False)
         ends = np.array([end for _, end in encoding.offsets], np.int64)  # in characters
         positions = _byte_positions(text)
@@ -172,7 +172,8 @@ def open_tokenizer(spec: str) -> Tokenizer:
     raise ValueError(f"Tokeniser {spec!r} must be 'bytes', 'sentencepiece:FILE' or 'hf:FILE'.")
 
 
-def _as_text(text: str | bytes) -> str:
+def as_text(text: str | bytes) -> str:
+    """The text that tokenisers of characters read: bytes that are not valid UTF-8 become U+FFFD."""
     return text.decode("utf-8", errors="replace") if isinstance(text, bytes) else text
 
 

@@ -5,8 +5,7 @@
 Eleven tasks of the paper, and `lis` and `max_subset_sum` of its code.
 """
 
-import ast
-import difflib
+import dataclasses
 
 from attnlab.data.combinatorial.geometry import ConvexHull
 from attnlab.data.combinatorial.graphs import SCC, FloydWarshall
@@ -15,6 +14,7 @@ from attnlab.data.combinatorial.order import LIS, Quickselect
 from attnlab.data.combinatorial.sampling import Sample, sample, sample_pair
 from attnlab.data.combinatorial.sums import BalancedPartition, MaxSubsetSum, SubsetSum, ThreeSum
 from attnlab.data.combinatorial.task import Solution, Task
+from attnlab.data.specs import known, read_spec
 
 TASKS: dict[str, type[Task]] = {
     "convex_hull": ConvexHull,
@@ -39,30 +39,15 @@ def find_task(text: str, **options) -> Task:
     `preset` names a set of options of the task's `presets`; options given beside it, in the brackets or as arguments,
     win. ValueError with the nearest name for an unknown task, preset or option.
     """
-    try:
-        node = ast.parse(text, mode="eval").body
-        call = node if isinstance(node, ast.Call) and not node.args else ast.Call(node, [], [])
-        name = call.func.id
-        options = {word.arg: ast.literal_eval(word.value) for word in call.keywords} | options
-    except (SyntaxError, ValueError, AttributeError) as error:
-        raise ValueError(
-            f"task {text!r} is not understood; write one like 'scc' or 'scc(inside=0.1)'"
-        ) from error
-    cls = TASKS[_known(name, TASKS, "task")]
+    name, given = read_spec(text, "task", "'scc' or 'scc(inside=0.1)'")
+    options = given | options
+    cls = TASKS[known(name, TASKS, "task")]
     preset = options.pop("preset", None)
     if preset is not None:
-        options = cls.presets[_known(preset, cls.presets, f"preset of {name}")] | options
+        options = cls.presets[known(preset, cls.presets, f"preset of {name}")] | options
     for option in options:
-        _known(option, cls.__dataclass_fields__, f"option of {name}")
+        known(option, [field.name for field in dataclasses.fields(cls)], f"option of {name}")
     return cls(**options)
-
-
-def _known(name: str, names, what: str) -> str:
-    if name in names:
-        return name
-    near = difflib.get_close_matches(str(name), list(names), n=1)
-    hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(names) or 'none'}"
-    raise ValueError(f"unknown {what} {name!r}; {hint}")
 
 
 __all__ = ["TASKS", "Sample", "Solution", "Task", "find_task", "sample", "sample_pair"]
