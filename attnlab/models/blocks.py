@@ -162,3 +162,17 @@ class Period(nn.Module):
             streams = streams | {name: x for name, (x, _) in done.items()}
             after.append({name: new for name, (_, new) in done.items()})
         return streams, tuple(after)
+
+    def decode_stacked(self, carry, embeddings: dict[str, Array] | None, number: Array):
+        """`decode` of period `number` in a scan: (streams, caches of all periods, stacked) -> the same and None.
+
+        The caches are carried, as a scan that takes and returns them would copy all of them for each token.
+        """
+        streams, stacked = carry
+        own = jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, number, keepdims=False), stacked)
+        streams, own = self.decode(streams, embeddings, own)
+
+        def put(leaf, new):
+            return jax.lax.dynamic_update_index_in_dim(leaf, new, number, 0)
+
+        return (streams, jax.tree.map(put, stacked, own)), None

@@ -45,7 +45,7 @@ class LanguageModel(nn.Module):
                 "split_rngs": {"params": True},
             }
             share["length"] = c.num_periods
-            axes = {"__call__": (nn.broadcast, 0), "decode": (nn.broadcast, 0)}
+            axes = {"__call__": (nn.broadcast, 0), "decode_stacked": (nn.broadcast, 0)}
             scanned = nn.scan(Period, methods={name: share | {"in_axes": axes[name]} for name in axes})
             self.layers = scanned(c)
         else:
@@ -210,10 +210,9 @@ class LanguageModel(nn.Module):
                 f"{' and '.join(named)} stream; generate fewer tokens, or train a model with more"
             )
 
-        def caches(place):  # of a period of its own: caches need no parameters
-            return Period(c, place, parent=None).apply(
-                {}, batch, length, starts, fixed_maps, method="init_cache"
-            )
+        def caches(place):  # of a period of its own, with any parameters: caches depend on none
+            period, sizes = Period(c, place, parent=None), (batch, length, starts, fixed_maps)
+            return period.init_with_output(jax.random.key(0), *sizes, method="init_cache")[0]
 
         if not c.scan_layers:
             return tuple(caches(place) for place in range(c.num_periods))
@@ -230,7 +229,8 @@ class LanguageModel(nn.Module):
             streams |= self._rows(named, self._length(cache), tokens.shape[1])
         embeddings = streams if "embedding" in c.sources() else None
         if c.scan_layers:
-            streams, cache = self.layers.decode(streams, embeddings, cache)
+            numbers = jnp.arange(c.num_periods)
+            (streams, cache), _ = self.layers.decode_stacked((streams, cache), embeddings, numbers)
         else:
             new = []
             for period, caches in zip(self.layers, cache, strict=True):

@@ -16,7 +16,8 @@ from tests.golden.registry import Golden
 FOLDER = Path(__file__).parent
 FILES = find_files([FOLDER])
 EXPECTED = {
-    "cosformer": 12, "deconstructed": 10, "forgetting": 11, "idw": 15, "nha": 12, "softplus": 9, "tropical": 38,
+    "cosformer": 12, "deconstructed": 10, "egsw": 10, "forgetting": 11, "idw": 15, "nha": 12, "softplus": 9,
+    "tropical": 38,
 }  # fmt: skip
 
 

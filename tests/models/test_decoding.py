@@ -10,7 +10,7 @@ import pytest
 
 from attnlab.models import decoding
 from attnlab.models.config import ModelConfig
-from attnlab.models.decoding import Sampling, filter_logits, generate, jit_generate, left_pad
+from attnlab.models.decoding import Sampling, filter_logits, generate, generate_groups, jit_generate, left_pad
 from attnlab.models.language_model import LanguageModel
 from attnlab.objectives.language_modelling import token_losses
 
@@ -77,9 +77,8 @@ class Scripted:
 def draw(logits, rows=1, seed=0, **options):
     prompts = jnp.zeros((rows, 1), jnp.int32)
     starts = jnp.zeros(rows, jnp.int32)
-    out = generate(Scripted(logits), {}, prompts, starts, jax.random.key(seed), Sampling(**options))
-    jax.effects_barrier()
-    return jax.device_get(out)
+    run = jit_generate(Scripted(logits), Sampling(**options))
+    return jax.device_get(run({}, prompts, starts, jax.random.key(seed)))
 
 
 # --- filters -----------------------------------------------------------------------------------------------
@@ -120,8 +119,19 @@ def test_order_is_temperature_then_k_then_p():
     assert kept([0.4, 0.3, 0.2, 0.1], top_p=0.55, top_k=2) == [0], "0.4 / 0.7 is enough"
 
 
+def test_min_p_keeps_what_is_nearly_as_likely_as_the_likeliest():
+    assert kept([0.4, 0.3, 0.2, 0.1], min_p=0.45) == [0, 1, 2]
+    assert kept([0.1, 0.4, 0.4, 0.1], min_p=1.0) == [1, 2], "equals all stay"
+    assert kept([0.6, 0.4], min_p=0.6) == [0, 1]
+    assert kept([0.6, 0.4], min_p=0.6, temperature=0.5) == [0], "0.36 and 0.16"
+    assert kept([0.4, 0.3, 0.2, 0.1], min_p=0.3, top_k=2) == [0, 1]
+    assert kept([0.4, 0.3, 0.2, 0.1], min_p=0.6, top_p=0.5) == [0, 1], (
+        "after top_p; before it 0.4 / 0.7 is enough"
+    )
+
+
 def test_temperature_zero_is_the_first_largest_whatever_the_other_filters():
-    for options in ({}, {"top_k": 2}, {"top_p": 0.3}):
+    for options in ({}, {"top_k": 2}, {"top_p": 0.3}, {"min_p": 0.9}):
         assert kept([0.1, 0.3, 0.3, 0.3], temperature=0.0, **options) == [1]
 
 
@@ -132,7 +142,10 @@ def test_filters_work_on_every_row_and_pass_over_excluded_tokens():
     np.testing.assert_array_equal(filter_logits(logits, top_k=3)[0, 1], expected[0][1])
 
 
-@pytest.mark.parametrize("options", [{"temperature": -1.0}, {"top_k": -1}, {"top_p": 0.0}, {"top_p": 1.5}])
+@pytest.mark.parametrize(
+    "options",
+    [{"temperature": -1.0}, {"top_k": -1}, {"top_p": 0.0}, {"top_p": 1.5}, {"min_p": -0.1}, {"min_p": 1.1}],
+)
 def test_impossible_filters_are_refused(options):
     with pytest.raises(ValueError, match=next(iter(options))):
         filter_logits(jnp.zeros(3), **options)
@@ -159,6 +172,52 @@ def test_samples_follow_the_filtered_distribution():
     np.testing.assert_allclose(out.logprobs, np.log(expected[out.tokens]), rtol=1e-4)
     raw = logits - np.log(np.exp(logits).sum())
     np.testing.assert_allclose(out.raw_logprobs, raw[out.tokens], rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"temperature": 1.5}, {"top_k": 3}, {"top_p": 0.75}, {"temperature": 0.7, "top_p": 0.95, "min_p": 0.2}],
+)
+def test_twenty_thousand_draws_have_the_frequencies_of_the_distribution(options):
+    powers = np.array([0.05, 0.3, 0.2, 0.25, 0.08, 0.12]) ** (1 / options.get("temperature", 1.0))
+    filtered = filter_logits(jnp.log(jnp.array([0.05, 0.3, 0.2, 0.25, 0.08, 0.12])), **options)
+    stays = np.asarray(filtered) > -np.inf
+    wanted = 20_000 * np.where(stays, powers, 0) / powers[stays].sum()
+    counts = np.bincount(jax.random.categorical(jax.random.key(3), filtered, shape=(20_000,)), minlength=6)
+    assert stays.sum() > 2 and counts[~stays].sum() == 0
+    freedom = stays.sum() - 1
+    assert (np.square(counts - wanted)[stays] / wanted[stays]).sum() < freedom + 4 * np.sqrt(2 * freedom)
+
+
+def test_forbidden_ids_are_never_drawn_and_stop_ids_not_before_their_time():
+    logits = np.array([0.0, 1.0, 9.0, 8.0, 0.5])  # 2 would nearly always be drawn, then 3
+    options = {"max_new_tokens": 5, "stop_ids": (3,), "forbidden_ids": (2, 4), "temperature": 2.0}
+    out = draw(logits, rows=200, min_new_tokens=3, **options)
+    assert set(out.tokens[:, :3].ravel()) == {0, 1} and set(out.lengths) >= {4, 5}
+    assert (out.tokens[:, 3] == 3).mean() > 0.9, "it stops as soon as it may"
+    assert (draw(logits, rows=200, **options).lengths == 1).mean() > 0.9, "and at once if it may at once"
+    early, late = logits[[0, 1]] / 2, logits[[0, 1, 3]] / 2
+    np.testing.assert_allclose(
+        out.logprobs[:, 0], (early - np.log(np.exp(early).sum()))[out.tokens[:, 0]], rtol=1e-5
+    )
+    stopped = out.lengths == 4
+    np.testing.assert_allclose(
+        out.logprobs[stopped, 3], late[2] - np.log(np.exp(late).sum()), rtol=1e-4, atol=1e-6
+    )
+    every = logits / 2 - np.log(np.exp(logits / 2).sum())
+    written = np.arange(5) < out.lengths[:, None]
+    np.testing.assert_allclose(out.policy_logprobs, np.where(written, every[out.tokens], 0), rtol=1e-5)
+
+
+def test_policy_log_probabilities_are_of_all_tokens_before_any_filter():
+    logits = np.array([0.0, 1.0, 2.0, 3.0])
+    out = draw(logits, rows=50, max_new_tokens=2, temperature=0.5, top_k=2, min_p=0.01, vocab_size=3)
+    assert set(out.tokens.ravel()) == {1, 2}
+    np.testing.assert_allclose(
+        out.policy_logprobs, (2 * logits - np.log(np.exp(2 * logits).sum()))[out.tokens], rtol=1e-5
+    )
+    greedy = draw(logits, max_new_tokens=2, temperature=0.0, vocab_size=3)
+    np.testing.assert_array_equal(greedy.policy_logprobs, greedy.raw_logprobs)
 
 
 def test_ids_beyond_the_vocabulary_are_never_drawn():
@@ -232,6 +291,24 @@ def test_a_row_does_not_depend_on_its_neighbours_their_order_or_the_padding():
     assert (np.asarray(other.tokens) != np.asarray(out.tokens)).any(), "the keys matter"
 
 
+def test_groups_are_rows_of_the_same_prompts_read_once():
+    model, params = small_model("windowed")
+    prompts, starts = left_pad(some_prompts(), PAD)
+    keys = jax.random.split(jax.random.key(5), (3, 2))
+    sampling = Sampling(max_new_tokens=11, temperature=0.7, vocab_size=40)
+    valid = jnp.array([True, False, True])
+    grouped = jax.jit(lambda *arguments: generate_groups(model, *arguments, sampling, valid))
+    out = grouped(params, prompts, starts, keys)
+    for g in range(2):
+        alone = sampler("windowed", 0.7)(params, prompts, starts, keys[:, g])
+        for name, want in alone._asdict().items():
+            np.testing.assert_allclose(getattr(out, name)[::2, g], want[::2], 1e-5, 1e-5, err_msg=name)
+    assert (np.asarray(out.tokens[0, 0]) != np.asarray(out.tokens[0, 1])).any(), "a key each"
+    assert (out.lengths[1] == 0).all() and (out.tokens[1] == 0).all() and (out.policy_logprobs[1] == 0).all()
+    text = str(jax.make_jaxpr(grouped)(params, prompts, starts, keys))
+    assert "i32[3,7]" in text and "i32[6,7]" not in text, "prompts are not repeated"
+
+
 def test_one_key_is_folded_with_the_row_number():
     keys = decoding.row_keys(jax.random.key(7), 3)
     for row in range(3):
@@ -274,6 +351,18 @@ def test_what_does_not_fit_is_refused():
         Sampling(1, vocab_size=42).check(1, 41)
     with pytest.raises(ValueError, match="stop id=99"):
         Sampling(1, stop_ids=(99,)).check(1, 41)
+    with pytest.raises(ValueError, match="stop id=41"):
+        Sampling(1, stop_ids=(41,)).check(1, 41)
+    with pytest.raises(ValueError, match="forbidden id=-1"):
+        Sampling(1, forbidden_ids=(-1,)).check(1, 41)
+    with pytest.raises(ValueError, match="pad_id=41"):
+        Sampling(1, pad_id=41).check(1, 41)
+    with pytest.raises(ValueError, match="stop id=3 is also a forbidden id"):
+        Sampling(1, stop_ids=(2, 3), forbidden_ids=(3, 4)).check(1, 41)
+    with pytest.raises(ValueError, match="leave none of the 3 tokens"):
+        Sampling(2, stop_ids=(1,), forbidden_ids=(0, 2), min_new_tokens=1, vocab_size=3).check(1, 41)
+    with pytest.raises(ValueError, match="min_new_tokens=3 must lie between 0 and max_new_tokens=2"):
+        Sampling(2, min_new_tokens=3).check(1, 41)
     with pytest.raises(ValueError, match="max_new_tokens=0"):
         Sampling(0).check(1, 41)
     with pytest.raises(ValueError, match="shape"):
