@@ -20,9 +20,10 @@ from attnlab.data.config import DataConfig
 from attnlab.evaluation.config import EvalConfig
 from attnlab.models.config import ModelConfig
 from attnlab.objectives.language_modelling import LanguageModellingConfig
+from attnlab.rl.config import GRPOConfig
 from attnlab.training.config import TrainingConfig
 
-TASKS = ("language_modelling",)
+TASKS = ("language_modelling", "grpo")
 
 
 class ConfigError(ValueError):
@@ -37,6 +38,8 @@ class Experiment:
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
     data: DataConfig = DataConfig()
     language_modelling: LanguageModellingConfig = LanguageModellingConfig()
+    grpo: GRPOConfig = GRPOConfig()
+    init_from: str = ""  # folder of a run of the same model, whose newest parameters are the first ones here
     training: TrainingConfig = TrainingConfig()
     eval: EvalConfig = EvalConfig()
 
@@ -47,17 +50,21 @@ class Experiment:
                 raise ValueError(f"task={self.task!r} is unknown; choose one of {', '.join(TASKS)}")
             for part in (self.model, self.data, self.language_modelling, self.training, self.eval):
                 part.validate()
+            if self.task == "grpo":
+                self.grpo.validate()
             self._check_batch(devices)
         except ValueError as error:
             raise ConfigError(str(error)) from error
 
     def _check_batch(self, devices: int) -> None:
         data, fsdp, sequence, _ = self.training.mesh.shape(devices)
-        parts = data * fsdp * self.training.accumulate
+        minibatches = self.grpo.minibatches if self.task == "grpo" else 1
+        parts = data * fsdp * self.training.accumulate * minibatches
         if self.data.batch_size % parts:
+            cut = f" x grpo.minibatches {minibatches}" if minibatches > 1 else ""
             raise ValueError(
                 f"data.batch_size={self.data.batch_size} is not a multiple of mesh data {data} x fsdp {fsdp} x "
-                f"training.accumulate {self.training.accumulate} = {parts}; change one of them"
+                f"training.accumulate {self.training.accumulate}{cut} = {parts}; change one of them"
             )
         if self.data.sequence_length % sequence:
             raise ValueError(

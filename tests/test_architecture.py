@@ -12,13 +12,25 @@ MAY_IMPORT = {
     "attnlab/attention": ("kernels",),
     "attnlab/models": ("attnlab.attention", "kernels"),
     "attnlab/data": (),
-    "attnlab/objectives": ("attnlab.models", "attnlab.attention", "kernels"),
+    "attnlab/rl": ("attnlab.models", "attnlab.data", "kernels"),
+    "attnlab/objectives": ("attnlab.rl", "attnlab.models", "attnlab.attention", "kernels"),
     "attnlab/training": ("attnlab.objectives", "attnlab.data.hosts"),
     "attnlab/evaluation": (
         "attnlab.config",
         "attnlab.data",
         "attnlab.models",
         "attnlab.objectives",
+        "attnlab.rl",
+        "attnlab.training",
+    ),
+    "attnlab/tasks": (
+        "attnlab.config",
+        "attnlab.data",
+        "attnlab.evaluation",
+        "attnlab.experiment",  # within one function, to open the run a task begins from
+        "attnlab.models",
+        "attnlab.objectives",
+        "attnlab.rl",
         "attnlab.training",
     ),
 }

@@ -8,9 +8,10 @@ import attnlab.attention.sourced  # noqa: F401 (registers kinds)
 from attnlab.config import ConfigError, Experiment, from_config_dict, to_config_dict, to_dict
 from attnlab.data.config import DataConfig
 from attnlab.data.tokenizers import open_tokenizer
-from attnlab.experiment import check_continues, fill_streams, first_tokens
+from attnlab.experiment import check_continues
 from attnlab.models.config import ModelConfig
 from attnlab.models.streams import StreamConfig
+from attnlab.tasks.streams import fill_streams, first_tokens
 
 TOKENIZER = open_tokenizer("bytes")
 TEXTS = [b"ab", b"cde", b"f"]
@@ -22,7 +23,7 @@ def model(layers: str, **streams) -> ModelConfig:
 
 
 def fill(config: ModelConfig, monkeypatch, length=7) -> ModelConfig:
-    monkeypatch.setattr("attnlab.experiment.open_source", lambda *args, **kwargs: TEXTS)
+    monkeypatch.setattr("attnlab.tasks.streams.open_source", lambda *args, **kwargs: TEXTS)
     return fill_streams(config, DataConfig(sequence_length=length), TOKENIZER)
 
 

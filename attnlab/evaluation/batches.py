@@ -34,23 +34,29 @@ Cut = Callable[
 
 
 class Piece(NamedTuple):
-    """tokens int32 [n + 1] and bytes float32 [n] of targets which are predicted from each other alone."""
+    """tokens int32 [n + 1], bytes and weights float32 [n] of targets which are predicted from each other alone."""
 
     tokens: np.ndarray
     bytes: np.ndarray
+    weights: np.ndarray
 
 
 def whole(document: Document, length: int) -> Iterator[Piece]:
     """All targets of a document, `length` at a time from its beginning."""
     for start in range(0, len(document), length):
         stop = min(start + length, len(document))
-        yield Piece(document.tokens[start : stop + 1], document.num_bytes[start:stop])
+        yield _piece(document, start, stop)
 
 
 def beginning(document: Document, length: int) -> Iterator[Piece]:
     """The first `length` targets of a document that has so many; nothing of a shorter one."""
     if len(document) >= length:
-        yield Piece(document.tokens[: length + 1], document.num_bytes[:length])
+        yield _piece(document, 0, length)
+
+
+def _piece(document: Document, start: int, stop: int) -> Piece:
+    here = slice(start, stop)
+    return Piece(document.tokens[start : stop + 1], document.num_bytes[here], document.weights[here])
 
 
 def held_out_batches(
@@ -87,7 +93,7 @@ def open_documents(context: Context) -> EncodedDocuments:
         if context.source is None
         else context.source
     )
-    return EncodedDocuments(source, context.tokenizer)
+    return EncodedDocuments(source, context.tokenizer, data.learn_after)
 
 
 def padded_rows(batch_size: int, mesh: Mesh) -> int:
@@ -115,7 +121,7 @@ def pack(pieces: Iterable[tuple[int, Piece]], length: int) -> Iterator[Batch]:
             row, filled, segment = blank(length), 0, 0
         here, segment = slice(filled, filled + n), segment + 1
         row["tokens"][here], row["targets"][here] = piece.tokens[:-1], piece.tokens[1:]
-        row["weights"][here], row["segments"][here] = 1, segment
+        row["weights"][here], row["segments"][here] = piece.weights, segment
         row["positions"][here], row["bytes"][here] = np.arange(n), piece.bytes
         row["document"][here] = number
         filled += n

@@ -26,9 +26,22 @@ class EvalConfig:
     top_k: int = 0  # sample among the k likeliest tokens; 0: among all
     top_p: float = 1.0  # sample among the likeliest tokens that hold this much probability; 1: among all
 
+    problems: int = (
+        128  # held-out problems, each answered once greedily and problem_samples times by sampling
+    )
+    problem_samples: int = 8
+    pass_at: tuple[int, ...] = (1, 4, 8)  # k of pass@k and majority@k, at most problem_samples
+    problem_level: int = 0  # of problems that have levels; 0: their own
+
     def validate(self) -> None:
         """Raise ValueError with the offending value."""
-        least = {"per_position_smoothing": 1, "sample_tokens": 1, "samples": 1}
+        least = {
+            "per_position_smoothing": 1,
+            "sample_tokens": 1,
+            "samples": 1,
+            "problems": 1,
+            "problem_samples": 1,
+        }
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if field.type is int and value < least.get(field.name, 0):
@@ -42,3 +55,7 @@ class EvalConfig:
             raise ValueError(f"eval.temperature={self.temperature} must be at least 0 and finite")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"eval.top_p={self.top_p} must lie in (0, 1]; 1 keeps all tokens")
+        if not self.pass_at or not all(1 <= k <= self.problem_samples for k in self.pass_at):
+            raise ValueError(
+                f"eval.pass_at={self.pass_at} must hold numbers from 1 to eval.problem_samples={self.problem_samples}"
+            )

@@ -3,7 +3,7 @@
 import dataclasses
 import difflib
 
-from attnlab.evaluation import generation, held_out, per_position, skipped
+from attnlab.evaluation import generation, held_out, per_position, problems, skipped
 from attnlab.evaluation.config import EvalConfig
 from attnlab.evaluation.evaluator import Context, Evaluator, Result
 
@@ -12,6 +12,7 @@ EVALUATORS: dict[str, Evaluator] = {
     "per_position": per_position.run,
     "generate": generation.run,
     "skipped": skipped.run,
+    "problems": problems.run,
 }
 
 

@@ -15,11 +15,15 @@ Array = jax.Array
 
 @struct.dataclass
 class Terms:
-    """loss_sum and weight [] float32; metrics: name -> (sum, weight), both [] float32, reported as sum / weight."""
+    """loss_sum and weight [] float32; metrics: name -> (sum, weight), both [] float32, reported as sum / weight.
+
+    maxima: name -> [] float32, of which the largest over all micro-batches is reported.
+    """
 
     loss_sum: Array
     weight: Array
     metrics: dict[str, tuple[Array, Array]]
+    maxima: dict[str, Array] = struct.field(default_factory=dict)
 
 
 class Objective(Protocol):
@@ -34,10 +38,13 @@ class Objective(Protocol):
 
 def add_terms(a: Terms, b: Terms) -> Terms:
     """The terms of two micro-batches together."""
-    return jax.tree.map(jnp.add, a, b)
+    sums = jax.tree.map(jnp.add, a.replace(maxima={}), b.replace(maxima={}))
+    return sums.replace(maxima=jax.tree.map(jnp.maximum, a.maxima, b.maxima))
 
 
 def average(terms: Terms) -> dict[str, Array]:
-    """{"loss": ..., metric: ...} as ratios; a ratio of nothing is 0."""
+    """{"loss": ..., metric: ...} as ratios, and the maxima; a ratio of nothing is 0."""
     ratios = {"loss": (terms.loss_sum, terms.weight), **terms.metrics}
-    return {name: total / jnp.maximum(weight, 1e-9) for name, (total, weight) in ratios.items()}
+    return {
+        name: total / jnp.maximum(weight, 1e-9) for name, (total, weight) in ratios.items()
+    } | terms.maxima

@@ -1,22 +1,21 @@
 """The training loop: restore, step, measure, save, and stop well. Task-agnostic and mixer-agnostic.
 
-Order within a step: fetch the batch, dispatch the update, read the metrics of the step before (so that reading never
-holds up the device), evaluate, save. The batch cursor is saved with the weights, so a resumed run sees the batches
-an unbroken run would have seen.
+Order within a step: let the task make its updates, dispatch each, read the metrics of the step before (so that reading
+never holds up the device), evaluate, save. The batch cursor and the task's memory are saved with the weights, so a
+resumed run sees the batches an unbroken run would have seen.
 
 Letters: B rows of the global batch.
 """
 
 import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -24,6 +23,7 @@ from attnlab.data.hosts import local_rows, process_rows, to_global
 from attnlab.training import multihost
 from attnlab.training.checkpoints import Checkpoints
 from attnlab.training.config import TrainingConfig
+from attnlab.training.feed import Feed
 from attnlab.training.files import CHECKPOINTS, LOSS_PLOT
 from attnlab.training.metrics import MetricsWriter
 from attnlab.training.optimizer import make_optimizer
@@ -33,7 +33,7 @@ from attnlab.training.schedules import make_schedule
 from attnlab.training.sharding import BATCH, describe, make_mesh, tree_shardings
 from attnlab.training.signals import StopRequest
 from attnlab.training.state import TrainState, init_state, train_step
-from attnlab.training.task import Task
+from attnlab.training.task import Done, Task, Updated
 from attnlab.training.throughput import Clock, model_flops_utilisation, peak_flops
 
 STOP_CHECK_STEPS = 10  # with several hosts, how often they ask each other whether to stop
@@ -106,17 +106,24 @@ def _cursor_sharding(mesh: Mesh) -> NamedSharding:
 def _abstract(config: TrainingConfig, task: Task, mesh: Mesh) -> dict[str, Any]:
     """Shapes and places of everything a checkpoint holds."""
     shapes = jax.eval_shape(_initializer(config, task))
-    state = jax.tree.map(
-        lambda s, place: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=place),
-        shapes,
-        tree_shardings(shapes, mesh),
-    )
+    state = _with_places(shapes, mesh)
     cursor = jax.ShapeDtypeStruct(
         (task.batch_size, task.cursor_width), jnp.int32, sharding=_cursor_sharding(mesh)
     )
     whole = NamedSharding(mesh, P())
     clock = {name: jax.ShapeDtypeStruct((), jnp.float32, sharding=whole) for name in Clock().state()}
-    return {"state": state, "cursor": cursor, "clock": clock}
+    memory = _with_places(jax.eval_shape(task.init_memory, shapes.params), mesh)
+    saved = {"state": state, "cursor": cursor, "clock": clock}
+    return saved | {"memory": memory} if jax.tree.leaves(memory) else saved
+
+
+def _with_places(shapes: Any, mesh: Mesh) -> Any:
+    """Shapes with the sharding of each."""
+    return jax.tree.map(
+        lambda s, place: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=place),
+        shapes,
+        tree_shardings(shapes, mesh),
+    )
 
 
 class _Run:
@@ -127,15 +134,18 @@ class _Run:
     def __init__(self, config: TrainingConfig, task: Task, workdir: Path, mesh: Mesh, saved: Checkpoints):
         self.config, self.task, self.workdir, self.mesh, self.saved = config, task, workdir, mesh, saved
         self.abstract = _abstract(config, task, mesh)
-        self.batch_sharding = NamedSharding(mesh, BATCH)
+        self.compiled = None  # the update, once a batch has shown its shapes
         self.rows = process_rows(_cursor_sharding(mesh), (task.batch_size, task.cursor_width))
         restored = saved.restore_latest(self.abstract)
         self.step, values = restored if restored else (0, None)
         self.state: TrainState = values["state"] if values else self._fresh_state()
-        self.cursor = local_rows(values["cursor"], self.rows) if values else None
+        self.memory = values.get("memory", {}) if values else self._fresh_memory()
+        cursor = local_rows(values["cursor"], self.rows) if values else None
         self.clock = Clock.from_state(
             {k: float(v) for k, v in values["clock"].items()} if values else Clock().state()
         )
+        batches = task.batches(self.rows, cursor)
+        self.feed = Feed(batches, self.rows, cursor, mesh, task.batch_size, self.clock)
         self.measured: dict[str, float] = {}  # the newest evaluation
         self.measured_at = -1
         self.skipped = 0
@@ -145,28 +155,33 @@ class _Run:
 
     def _fresh_state(self) -> TrainState:
         shardings = jax.tree.map(lambda s: s.sharding, self.abstract["state"])
-        return jax.jit(_initializer(self.config, self.task), out_shardings=shardings)()
+        state = jax.jit(_initializer(self.config, self.task), out_shardings=shardings)()
+        params = self.task.initial_params(self.mesh)
+        return state if params is None else state.replace(params=params)
+
+    def _fresh_memory(self) -> Any:
+        shardings = jax.tree.map(lambda s: s.sharding, self.abstract.get("memory", {}))
+        return jax.jit(self.task.init_memory, out_shardings=shardings)(self.state.params)
 
     def loop(self, stop: StopRequest) -> Summary:
-        steps, batches = self.config.steps, self._batches()
-        compiled = self._compile(first := next(batches))
+        steps = self.config.steps
         progress = Progress(steps, start=self.step)
         progress.note(describe(self.abstract["state"].params, self.mesh))
-        pending: tuple[int, dict] | None = None
+        pending: tuple[int, list, Done] | None = None
         self.clock.start()
         while self.step < steps:
-            with self.clock.waiting():
-                batch, self.cursor = first or next(batches)
-                first = None
-            self.state, scalars = compiled(self.state, batch)
+            scalars, done = self._advance()
+            self.memory = done.memory
             self.step += 1
             self._report(pending, progress)
-            pending = (self.step, scalars)
+            pending = (self.step, scalars, done)
             reason = self._stop_reason(stop)
             last = self.step == steps or reason is not None
-            if last or self._due(self.config.eval_every) or self._due(self.config.checkpoint.every):
+            due = last or self._due(self.config.eval_every) or self._due(self.config.checkpoint.every)
+            if due or done.waited:
                 self._report(pending, progress)
                 pending = None
+            if due:
                 with self.clock.paused():
                     self._evaluate_and_save(last, reason)
             if reason:
@@ -175,28 +190,43 @@ class _Run:
         progress.close()
         return self._finish()
 
-    def _batches(self) -> Iterator[tuple[dict[str, jax.Array], np.ndarray]]:
-        """Global batches with this process's cursor rows after them."""
-        for batch, cursor in self.task.batches(self.rows, self.cursor):
-            yield to_global(batch, self.rows, self.batch_sharding, self.task.batch_size), cursor
+    def _advance(self) -> tuple[list[dict[str, jax.Array]], Done]:
+        """One step: every update the task makes; (their scalars, what the step leaves)."""
+        updates = self.task.updates(self.state.params, self.memory, self.feed, self.step)
+        scalars: list[dict[str, jax.Array]] = []
+        try:
+            batch = next(updates)
+            while True:
+                self.state, given = self._update(batch)
+                scalars.append(given)
+                batch = updates.send(Updated(given, self.state.params))
+        except StopIteration as end:
+            return scalars, end.value
 
-    def _compile(self, first):
-        """The step, compiled for this state and batch before the clock starts."""
+    def _update(self, batch: dict[str, jax.Array]):
+        if self.compiled is None:
+            with self.clock.paused():
+                self.compiled = self._compile(batch)
+        return self.compiled(self.state, batch)
+
+    def _compile(self, batch: dict[str, jax.Array]):
+        """The update, compiled for this state and for batches like this one."""
         step = functools.partial(
             train_step,
             objective=self.task.objective,
             optimizer=make_optimizer(self.config.optimizer),
             schedule=make_schedule(self.config.optimizer.schedule, self.config.steps),
             parts=self.config.accumulate,
+            updates_per_step=self.task.updates_per_step,
         )
         places = jax.tree.map(lambda s: s.sharding, self.abstract["state"])
         jitted = jax.jit(
             step,
-            in_shardings=(places, self.batch_sharding),
+            in_shardings=(places, jax.tree.map(lambda x: x.sharding, batch)),
             out_shardings=(places, NamedSharding(self.mesh, P())),
             donate_argnums=0,
         )
-        return jitted.lower(self.state, first[0]).compile()
+        return jitted.lower(self.state, batch).compile()
 
     def _due(self, every: int) -> bool:
         return every > 0 and self.step % every == 0
@@ -212,16 +242,18 @@ class _Run:
             else None
         )
 
-    def _report(self, pending: tuple[int, dict] | None, progress: Progress) -> None:
+    def _report(self, pending: tuple[int, list, Done] | None, progress: Progress) -> None:
         """Read a finished step's scalars, apply the policy on NaN, write metrics."""
         if pending is None:
             return
-        step, scalars = pending[0], {name: float(value) for name, value in jax.device_get(pending[1]).items()}
-        self.clock.tick(self.task.tokens_per_batch)
+        step, given, done = pending
+        scalars = combine(jax.device_get(given))
+        scalars |= {name: float(value) for name, value in jax.device_get(done.metrics).items()}
+        self.clock.tick(done.tokens)
         if step % self.config.log_every == 0 or step == self.config.steps or scalars["nonfinite"]:
             speed = self._speed(progress)
             self.writer.write(step, {f"train/{k}": v for k, v in (scalars | speed).items()})
-        progress.update(step, loss=scalars["loss"])
+        progress.update(step, **{name: scalars[name] for name in self.task.shown})
         self._check_finite(step, scalars)
 
     def _speed(self, progress: Progress) -> dict[str, float]:
@@ -269,8 +301,9 @@ class _Run:
         clock = {
             name: jax.device_put(jnp.float32(value), whole) for name, value in self.clock.state().items()
         }
-        cursor = to_global(self.cursor, self.rows, _cursor_sharding(self.mesh), self.task.batch_size)
-        return {"state": self.state, "cursor": cursor, "clock": clock}
+        cursor = to_global(self.feed.cursor, self.rows, _cursor_sharding(self.mesh), self.task.batch_size)
+        saved = {"state": self.state, "cursor": cursor, "clock": clock}
+        return saved | {"memory": self.memory} if jax.tree.leaves(self.memory) else saved
 
     def _finish(self) -> Summary:
         self.saved.wait()
@@ -279,3 +312,16 @@ class _Run:
         if multihost.is_main():
             files = [plot_loss(self.workdir), *files]
         return Summary(self.step, "complete", self.measured, files)
+
+
+def combine(updates: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """Scalars of a step's updates as one: their mean; `*_max` and `*_min` over them; the number of non-finite ones."""
+    return {name: _combined(name, [float(given[name]) for given in updates]) for name in updates[0]}
+
+
+def _combined(name: str, values: list[float]) -> float:
+    if name == "nonfinite":
+        return sum(values)
+    if name.endswith(("_max", "_min")):
+        return max(values) if name.endswith("_max") else min(values)
+    return sum(values) / len(values)

@@ -13,7 +13,7 @@ from attnlab.training import multihost
 
 
 class Progress:
-    """Shows step, loss, tokens per second, MFU if known, and the time left; process 0 only.
+    """Shows step, what the task shows (its loss), tokens per second, MFU if known, and the time left; process 0 only.
 
     On a terminal this is a tqdm bar. Elsewhere a line is printed for the first step, then at most every
     `interval` seconds, and for the last step.
@@ -45,11 +45,11 @@ class Progress:
         if mfu is not None:
             self._speed.append(f"MFU {100 * mfu:.1f} %")
 
-    def update(self, step: int, *, loss: float) -> None:
-        """Shows the state after `step`, with the speed last given to `rates`."""
+    def update(self, step: int, **shown: float) -> None:
+        """Shows the state after `step`, such as `loss=2.0`, with the speed last given to `rates`."""
         if self._quiet:
             return
-        parts = [f"loss {loss:.4f}", *self._speed]
+        parts = [*(f"{name} {value:.4f}" for name, value in shown.items()), *self._speed]
         if self._bar is not None:
             self._bar.set_postfix_str("  ".join(parts), refresh=False)
             self._bar.update(step - self._step)

@@ -17,7 +17,7 @@ Array = jax.Array
 
 @struct.dataclass
 class TrainState:
-    """step [] int32: steps done; params; opt_state; rng [2] uint32: key data from which each step's key is derived."""
+    """step [] int32: updates done; params; opt_state; rng [2] uint32: key data of which each update's key is made."""
 
     step: Array
     params: Any
@@ -64,15 +64,23 @@ def summed_gradients(objective: Objective, params: Any, batch: dict[str, Array],
 
     micro = split_batch(batch, parts)
     shapes = jax.eval_shape(gradient, params, jax.tree.map(lambda x: x[0], micro), rng)
-    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-    sums, _ = jax.lax.scan(accumulate, zeros, (jnp.arange(parts), micro))
+    grads, terms = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+    nothing = terms.replace(maxima=jax.tree.map(lambda x: x - jnp.inf, terms.maxima))
+    sums, _ = jax.lax.scan(accumulate, (grads, nothing), (jnp.arange(parts), micro))
     return sums
 
 
 def train_step(
-    state: TrainState, batch: dict[str, Array], *, objective: Objective, optimizer, schedule, parts: int
+    state: TrainState,
+    batch: dict[str, Array],
+    *,
+    objective: Objective,
+    optimizer,
+    schedule,
+    parts: int,
+    updates_per_step: int = 1,
 ) -> tuple[TrainState, dict[str, Array]]:
-    """One update. A step whose loss or gradient is not finite leaves params and optimiser as they were.
+    """One update. One whose loss or gradient is not finite leaves params and optimiser as they were.
 
     Returns the new state and scalars: loss, the objective's metrics, grad_norm, learning_rate, nonfinite (0 or 1).
     """
@@ -81,7 +89,7 @@ def train_step(
     grads = jax.tree.map(lambda g: g / jnp.maximum(terms.weight, 1e-9).astype(g.dtype), grads)
     grad_norm = optax.tree.norm(grads)
     finite = jnp.isfinite(grad_norm) & jnp.isfinite(terms.loss_sum)
-    learning_rate = schedule(state.step)
+    learning_rate = schedule(state.step // updates_per_step)
     directions, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = jax.tree.map(lambda p, d: p - learning_rate * d, state.params, directions)
 
