@@ -81,7 +81,7 @@ class GRPO:
             per_token_items=batch["per_token_items"][0],
         )
         metrics = self._metrics(batch, logp, entropy, parts) | weight_metrics
-        return Terms(loss_sum, weight, metrics, self._maxima(batch, logp))
+        return Terms(loss_sum, weight, metrics, self._extremes(batch, logp))
 
     def _weights(self, batch: Batch, entropy: Array) -> tuple[Array | None, dict[str, tuple[Array, Array]]]:
         """The rollout policy's weights if the batch has them, else those of the policy as it is now."""
@@ -121,15 +121,18 @@ class GRPO:
         count = _count(mask)
         return {name: (zeroed(value, mask).sum(), count) for name, value in values.items()}
 
-    def _maxima(self, batch: Batch, logp: Array) -> dict[str, Array]:
-        """How far the trainer is from the sampler, where no update lies between them."""
-        if "old_logp" in batch:
-            return {}
+    def _extremes(self, batch: Batch, logp: Array) -> dict[str, Array]:
+        """How many tokens of a group are clipped; before any update, how far the trainer is from the sampler."""
         mask = batch["mask"]
+        if "old_logp" not in batch:
+            off = jnp.abs(zeroed(logp, mask) - zeroed(batch["behaviour_logp"], mask))
+            return {"sampling/logp_diff_max": off.max()}
+        given = (logp, batch["old_logp"], batch["advantages"], mask)
+        clipped = clip_statistics(self.options.policy_loss, *given)
+        tokens = jnp.maximum(mask.sum((1, 2)), 1)
         return {
-            "sampling/logp_diff_max": jnp.abs(
-                zeroed(logp, mask) - zeroed(batch["behaviour_logp"], mask)
-            ).max()
+            "clip_ratio/low_min": (clipped.low.sum((1, 2)) / tokens).min(),
+            "clip_ratio/high_max": (clipped.high.sum((1, 2)) / tokens).max(),
         }
 
     def forward_flops_per_token(self) -> float:

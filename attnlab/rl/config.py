@@ -206,6 +206,9 @@ class RolloutConfig:
     top_k: int = 0  # 0: off
     top_p: float = 1.0
     min_p: float = 0.0
+    gather_weights: bool = (
+        False  # hold the weights whole over the fsdp axis meanwhile, not gathered for each token
+    )
 
     def validate(self) -> None:
         for name in ("max_prompt_tokens", "max_new_tokens"):
@@ -305,9 +308,36 @@ class GRPOConfig:
                 f"grpo.overlong_cache={self.overlong_cache} must be below rollout.max_new_tokens="
                 f"{self.rollout.max_new_tokens}"
             )
+        self._refuse_idle_options()
         self._warn()
 
+    def _refuse_idle_options(self) -> None:
+        """ValueError for options that would change nothing."""
+        idle = {
+            "loss_length": self.loss_length and self.aggregation != "seq_sum_const",
+            "count_empty_rows": self.count_empty_rows and self.aggregation == "token_mean",
+            "overlong_cache": self.overlong_cache and "length_penalty" not in self.rewards,
+            "weights.weight_kl": self.weights.weight_kl
+            and not (self.weights.name == "egsw" and self.kl.beta),
+            "entropy_bonus.adaptive": self.entropy_bonus.adaptive and not self.entropy_bonus.delta,
+        }
+        reasons = {
+            "loss_length": f"aggregation={self.aggregation!r} does not divide by it; use 'seq_sum_const'",
+            "count_empty_rows": "aggregation='token_mean' does not count rows",
+            "overlong_cache": f"rewards={self.rewards!r} have no length_penalty",
+            "weights.weight_kl": "it needs weights.name='egsw' and kl.beta above 0",
+            "entropy_bonus.adaptive": "it needs entropy_bonus.delta above 0",
+        }
+        for name in (name for name, useless in idle.items() if useless):
+            raise ValueError(f"grpo.{name} has no effect: {reasons[name]}")
+
     def _warn(self) -> None:
+        if self.policy_loss.name == "reinforce" and self.updates > 1:
+            warnings.warn(
+                f"policy_loss 'reinforce' does not correct for the {self.updates} updates on each rollout; use 'clip'",
+                RLWarning,
+                stacklevel=3,
+            )
         per_token = self.aggregation in ("token_mean", "seq_mean_token_sum", "seq_sum_const")
         if self.policy_loss.name == "gspo" and per_token:
             warnings.warn(

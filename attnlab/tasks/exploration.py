@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding
+from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from attnlab.models.language_model import LanguageModel
@@ -27,6 +27,7 @@ from attnlab.rl.rewards import Reward
 from attnlab.rl.rollout import Rollout, roll_out
 from attnlab.rl.scoring import score_rollout
 from attnlab.training.feed import Feed
+from attnlab.training.sharding import RULES, tree_shardings
 
 ROWS = P(BATCH_AXES)  # whole groups to a device, everything else of them together
 
@@ -123,8 +124,9 @@ class Explorer:
             special = {"stop_ids": (tokenizer.eos_id,), "pad_id": tokenizer.pad_id}
             special |= {"vocab_size": tokenizer.vocab_size, "forbidden_ids": (tokenizer.bos_id,)}
 
-            def run(*given):
-                return roll_out(self.model, *given, options.rollout, options.group_size, **special)
+            def run(params, *given):
+                params = gathered(params, feed.mesh) if options.rollout.gather_weights else params
+                return roll_out(self.model, params, *given, options.rollout, options.group_size, **special)
 
             self.jitted = jax.jit(run, out_shardings=NamedSharding(feed.mesh, ROWS))
         return self.jitted
@@ -136,6 +138,12 @@ class Explorer:
         for name, count in errors.items():
             log.errors[name] = log.errors.get(name, 0) + count
         return rewards
+
+
+def gathered(params: Any, mesh: Mesh) -> Any:
+    """Parameters laid out as in training but whole over the fsdp axis: gathered once a rollout, not once a token."""
+    rules = [(pattern, tuple(None if axis == "fsdp" else axis for axis in axes)) for pattern, axes in RULES]
+    return jax.lax.with_sharding_constraint(params, tree_shardings(params, mesh, rules))
 
 
 ROLLOUT_STREAM = 1  # of the seed; the order of minibatches has another

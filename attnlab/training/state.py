@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 from flax import struct
 
-from attnlab.objectives.objective import Objective, add_terms, average
+from attnlab.objectives.objective import Objective, add_terms, average, no_terms
 
 Array = jax.Array
 
@@ -64,9 +64,8 @@ def summed_gradients(objective: Objective, params: Any, batch: dict[str, Array],
 
     micro = split_batch(batch, parts)
     shapes = jax.eval_shape(gradient, params, jax.tree.map(lambda x: x[0], micro), rng)
-    grads, terms = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-    nothing = terms.replace(maxima=jax.tree.map(lambda x: x - jnp.inf, terms.maxima))
-    sums, _ = jax.lax.scan(accumulate, (grads, nothing), (jnp.arange(parts), micro))
+    grads = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes[0])
+    sums, _ = jax.lax.scan(accumulate, (grads, no_terms(shapes[1])), (jnp.arange(parts), micro))
     return sums
 
 

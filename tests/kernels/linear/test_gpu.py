@@ -20,6 +20,10 @@ CHUNKS = {
     "value_chunks": Case(
         45, 45, **PACKED, options={"decay": "value", "chunk_size": 16, **GIVEN, **NUMERATOR}
     ),
+    "number_slices": Case(
+        20, 20, H=2, K=1, D=70, Dv=66, options={"decay": "number", "angle": 0.1, "chunk_size": 16, **GIVEN}
+    ),
+    "both_slices": Case(20, 20, H=2, K=1, D=66, Dv=70, options={"decay": "key value", **GIVEN, **NUMERATOR}),
     "both_chunks": Case(35, 35, options={"decay": "key value", "chunk_size": 16, **GIVEN, **NUMERATOR}),
 }
 QUICK = ("number_chunks", "key_chunks")
