@@ -40,6 +40,7 @@ def test_a_run_writes_a_table_in_two_forms_and_a_picture(names, tmp_path):
     assert (tmp_path / "ops.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.thorough
 def test_forms_that_need_more_memory_than_allowed_are_left_out(tmp_path):
     ops.main(
         ["--ops=softmax", "--lengths=11", "--heads=1", "--head_dim=4", "--memory=0", f"--out={tmp_path}"]

@@ -20,6 +20,7 @@ def outputs(notebook, kind: str) -> list:
 
 
 @pytest.mark.processes
+@pytest.mark.thorough
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_runs_and_draws(path):
     notebook = nbformat.read(path, as_version=4)

@@ -116,6 +116,7 @@ def test_the_implementation_may_be_chosen(evaluated, implementation):
         np.testing.assert_allclose(a, b, rtol=1e-5)
 
 
+@pytest.mark.thorough
 def test_training_holds_no_logits():
     """Compiled, value and gradient take less memory than a quarter of the logits [1, 2048, 8192]."""
     model = dataclasses.replace(MODEL, vocab_size=8192)

@@ -65,12 +65,13 @@ def test_a_run_moves_to_another_mesh(one_device, text_folder, tmp_path):
     np.testing.assert_allclose(list(losses(tmp_path).values()), list(one_device.values()), rtol=2e-5)
 
 
+@pytest.mark.thorough
 def test_accumulated_run_equals_the_big_batch(one_device, text_folder, tmp_path):
     run(experiment(text_folder, steps=5, accumulate=4, mesh=MeshConfig(data=4)), tmp_path, jax.devices()[:4])
     np.testing.assert_allclose(list(losses(tmp_path).values()), list(one_device.values()), rtol=2e-5)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.thorough)])
 def test_a_signal_ends_the_run_politely(number, text_folder, tmp_path):
     """The signal arrives while step 2's batch is fetched; the step is finished and saved."""
     config = experiment(text_folder, steps=50, checkpoint=CheckpointConfig(every=40))

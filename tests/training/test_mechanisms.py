@@ -20,10 +20,8 @@ from tests.training.runs import text_folder  # noqa: F401 (a fixture)
 STEPS = 25
 
 
-# One a paper in every run of the tests, the others in the thorough one.
-QUICK = (
-    "softmax", "forgetting", "cosformer", "softplus", "inverse_distance", "native_hybrid", "tropical", "approx",
-)  # fmt: skip
+# Quick ones in every run of the tests, the others in the thorough one.
+QUICK = ("softmax", "forgetting", "cosformer", "softplus", "inverse_distance")
 
 
 @pytest.mark.parametrize(

@@ -28,6 +28,7 @@ def quick(tmp_path_factory):
     return json.loads(out.read_text())
 
 
+@pytest.mark.thorough
 def test_every_kernel_compiles_for_a_tpu(quick):
     failures = [f"{r['kernel']} {r['label']}: {r['error']}" for r in quick["records"] if "error" in r]
     assert not failures, "\n".join(failures)
@@ -38,6 +39,7 @@ def test_every_kernel_compiles_for_a_tpu(quick):
     assert "libtpu" in quick["versions"] and "jax" in quick["versions"]
 
 
+@pytest.mark.thorough
 def test_kernels_of_vector_units_alone_spill_no_registers(quick):
     """Those that use the matrix unit do, at the block sizes that take fewest cycles: docs/kernels.md has the counts."""
     spills = {k["name"]: k["spills"] for r in quick["records"] for k in r["kernels"] if k["mxu"] == 0}
@@ -45,6 +47,7 @@ def test_kernels_of_vector_units_alone_spill_no_registers(quick):
     assert any(k["spills"] for r in quick["records"] for k in r["kernels"])
 
 
+@pytest.mark.thorough
 def test_every_room_with_a_tpu_kernel_is_in_the_report(quick):
     files = [*(ROOT / "kernels").rglob("tpu.py"), *(ROOT / "kernels").rglob("gated.py")]
     rooms = {path.parent.relative_to(ROOT / "kernels") for path in files}
@@ -58,6 +61,7 @@ def test_every_room_with_a_tpu_kernel_is_in_the_report(quick):
     assert rooms == {record["kernel"] for record in quick["records"]}
 
 
+@pytest.mark.thorough
 def test_the_page_shows_every_record_and_every_failure(quick):
     broken = {
         "kernel": "softplus",

@@ -25,6 +25,7 @@ class Simulated(SlotContract):
             yield
 
 
+@pytest.mark.thorough
 class TestGpu(Simulated):
     cases = {"small": SMALL}
     test_rows_read_visible_keys_only_by_exact_zeros = pytest.mark.thorough(
