@@ -27,7 +27,7 @@ from attnlab.training.feed import Feed
 from attnlab.training.files import CHECKPOINTS, LOSS_PLOT
 from attnlab.training.metrics import MetricsWriter
 from attnlab.training.optimizer import make_optimizer
-from attnlab.training.plots import plot_loss
+from attnlab.training.plots import plot_curves
 from attnlab.training.progress import Progress
 from attnlab.training.schedules import make_schedule
 from attnlab.training.sharding import BATCH, describe, make_mesh, tree_shardings
@@ -310,7 +310,7 @@ class _Run:
         self.writer.flush()
         files = self.task.finish(self.state.params, self.mesh, self.workdir)
         if multihost.is_main():
-            files = [plot_loss(self.workdir), *files]
+            files = [plot_curves(self.workdir, self.task.shown), *files]
         return Summary(self.step, "complete", self.measured, files)
 
 

@@ -14,7 +14,7 @@ from matplotlib import image
 
 from attnlab.training import multihost, sinks
 from attnlab.training.metrics import MetricsError, MetricsWriter
-from attnlab.training.plots import plot_loss
+from attnlab.training.plots import plot_curves
 from attnlab.training.progress import Progress
 from attnlab.training.throughput import Clock, model_flops_utilisation, peak_flops
 
@@ -253,7 +253,7 @@ def test_plot_shows_both_losses_against_steps_and_tokens(tmp_path, monkeypatch):
         Axes, "plot", lambda self, *a, **k: (drawn.append((self, a, k)), plot(self, *a, **k))[1]
     )
     run(tmp_path, range(1, 7))
-    path = plot_loss(tmp_path)
+    path = plot_curves(tmp_path)
     assert path == tmp_path / "loss.png" and image.imread(path).shape[1] > image.imread(path).shape[0]
     lines = {(axes.get_xlabel(), k["label"]): (list(x), list(y)) for axes, (x, y), k in drawn}
     assert lines == {
@@ -265,7 +265,7 @@ def test_plot_shows_both_losses_against_steps_and_tokens(tmp_path, monkeypatch):
 
 
 def test_plot_without_data_is_a_picture(tmp_path):
-    assert image.imread(plot_loss(tmp_path)).shape[2] == 4
+    assert image.imread(plot_curves(tmp_path)).shape[2] == 4
 
 
 # --- progress ----------------------------------------------------------------------------------------------
