@@ -4,12 +4,13 @@ Letters: B batch, L positions, N chunks of C, H query heads, K key/value heads, 
 of a state Z [P, B, N, K, D, E] of P parts (real, and imaginary with an angle); z [P, B, N, K, D] the denominator's.
 
 1. what each chunk adds to the state (kernel), 2. the states before each chunk (`gpu_states.py`), 3. the rows of each
-chunk (kernel). The gradient: 1. and 2. again, 4. what the rows of a chunk ask of the state before it (kernel of 1.),
-5. the same backward through the chunks, 6. the gradients of each chunk (kernel). States live in HBM only between
-chunks. `lines.py` brings every call into this form.
+chunk (kernel). The gradient: 1. and 2. again, 4. what the rows of a chunk ask of the state before it (kernel), 5. the
+same backward through the chunks, 6. the gradients of each chunk (a kernel for features, one for values). States live
+in HBM only between chunks. `lines.py` brings every call into this form.
 """
 
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,12 +18,13 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from kernels import pallas
-from kernels.linear import gpu_kernels, lines
+from kernels.linear import gpu_gradients, gpu_kernels, lines
 from kernels.linear.arguments import Arguments, State
 from kernels.linear.gpu_states import chain, joined, log_factor_gradients, parts
 from kernels.linear.lines import Line
 
 LARGEST = 128  # head sizes of a tile
+BLOCK = 64  # channels of a program that takes gradients
 
 
 def gpu(arguments: Arguments) -> tuple[jax.Array, jax.Array | None, State]:
@@ -50,9 +52,11 @@ def _angle_in_features(a):
 
 def chunk_size(line: Line) -> int:
     """A power of two, at most the one asked for. Larger chunks mean fewer states, and registers that spill."""
-    vector = line.value_decay is not None or (line.key_decay is not None and line.key_decay.shape[3] > 1)
-    wide = line.k.dtype == jnp.float32 or max(line.q.shape[3], line.v.shape[3]) > 64
-    best = 16 if vector or wide else 32
+    wide, decay = line.k.dtype == jnp.float32, line.key_decay
+    if line.value_decay is not None or (decay is not None and (wide or decay.shape[3] > 1)):
+        best = 16
+    else:
+        best = 32 if wide or line.angle is not None else 64
     return best if line.chunk_size is None else max(16, min(best, pl.next_power_of_2(line.chunk_size)))
 
 
@@ -136,8 +140,7 @@ def _backward(interpret, C, operands, cotangents):
     asked = _call(gpu_kernels.asked, "linear_asked", interpret, C, tiles, asked)
     after, first = _chained_back(factors, asked, dZ_last, dz_last)
     tiles |= {"Y": after["Z"]} | ({"y": after["z"]} if "z" in x else {})
-    out = {f"d{name}": shape(x[name].shape, jnp.float32) for name in ("q", "k", "v", "g", "h") if name in x}
-    got = _call(gpu_kernels.gradients, "linear_gradients", interpret, C, tiles, out)
+    got = _gradients_of_chunks(interpret, C, x, tiles)
     gradients = {
         name: got[f"d{name}"].astype(x[name].dtype) for name in ("q", "k", "v", "g", "h") if name in x
     }
@@ -151,6 +154,29 @@ def _backward(interpret, C, operands, cotangents):
 
 
 _sweep.defvjp(_forward, _backward)
+
+
+def _gradients_of_chunks(interpret, C, x, tiles):
+    """dq, dk, dv and those of the decays there are, by way of the chunk that a position stands in."""
+    D, E, shape = x["q"].shape[3], x["v"].shape[3], jax.ShapeDtypeStruct
+    features, values = (max(1, size // BLOCK) for size in (D, E))
+    out = {f"d{name}": shape(x[name].shape, jnp.float32) for name in ("q", "k", "v", "g", "h") if name in x}
+    of_values = {name: out.pop(name) for name in ("dv", "dh") if name in out}
+    if "dg" in out and x["g"].shape[3] == 1:  # every block of channels brings a share
+        out["dg_share"] = shape((*out.pop("dg").shape[:3], features), jnp.float32)
+    ours = dict.fromkeys(
+        ("q", "k", "dq", "dk", "z", "y", "dg", "dg_share", *(["g"] if "dg" in out else [])), -1
+    )
+    some = _call(
+        gpu_gradients.of_features, "linear_gradients_of_features", interpret, C, tiles, out,
+        split=Split(features, ours | {"Z": -2, "Y": -2}),
+    )  # fmt: skip
+    ours = dict.fromkeys(("v", "dnum", "h", "dv", "dh", "Z", "Y"), -1)
+    some |= _call(
+        gpu_gradients.of_values, "linear_gradients_of_values", interpret, C, tiles, of_values,
+        split=Split(values, ours),
+    )  # fmt: skip
+    return some | ({"dg": some["dg_share"].sum(-1, keepdims=True)} if "dg_share" in some else {})
 
 
 def _states(interpret, C, x):
@@ -224,24 +250,29 @@ def _chunked(x, C):
     return x.reshape(x.shape[0], -1, C, *x.shape[2:])
 
 
-def _call(kernel, name, interpret, C, tiles, out, of_query=False):
+class Split(NamedTuple):
+    """Programs of a chunk and head that share its channels, and along which axis of the operands of these names."""
+
+    blocks: int
+    axes: dict[str, int]
+
+
+def _call(kernel, name, interpret, C, tiles, out, of_query=False, split=Split(1, {})):  # noqa: B008 (constant)
     """Runs a kernel body on every chunk and key/value head (or query head); tiles and results go by their names."""
     B, L, H, D = tiles["q"].shape
     K, E = tiles["v"].shape[2:]
-    specs = partial(_spec, C, H // K, of_query)
+    specs = partial(_spec, C, H // K, of_query, split)
 
     def body(ins, outs):
         kernel(partial(gpu_kernels.dot, interpret is not False, tiles["k"].dtype), ins, outs, C, H // K)
 
-    squeezed = {n: s for n, s in out.items() if n == "dg" and s.shape[3] == 1}
-    out = out | {n: jax.ShapeDtypeStruct(s.shape[:3], s.dtype) for n, s in squeezed.items()}
-    got = pl.pallas_call(
+    return pl.pallas_call(
         body,
-        grid=(L // C, H if of_query else K, B),
+        grid=(L // C, (H if of_query else K) * split.blocks, B),
         in_specs=[{n: specs(n, x) for n, x in tiles.items()}],
         out_specs={n: specs(n, x) for n, x in out.items()},
         out_shape=out,
-        compiler_params=plgpu.CompilerParams(num_warps=_warps(kernel, max(D, E)), num_stages=1),
+        compiler_params=plgpu.CompilerParams(num_warps=_warps(kernel, tiles, C), num_stages=1),
         cost_estimate=pl.CostEstimate(
             flops=2 * B * L * H * (2 * D * E + C * (D + E)),
             transcendentals=B * L * K * sum(tiles[n][0, 0, 0].size for n in "gh" if n in tiles),
@@ -250,30 +281,49 @@ def _call(kernel, name, interpret, C, tiles, out, of_query=False):
         interpret=interpret,
         name=name,
     )(tiles)
-    return got | {n: got[n][..., None] for n in squeezed}
 
 
-def _warps(kernel, size):
+def _warps(kernel, tiles, C):
     """Enough threads that the tiles of a program stay in their registers."""
-    return 8 if size > 64 or (size > 32 and kernel in (gpu_kernels.gradients, gpu_kernels.rows)) else 4
+    size = max(tiles["q"].shape[3], tiles["v"].shape[3])
+    if kernel in (gpu_gradients.of_features, gpu_gradients.of_values):
+        by_channel = "h" in tiles or ("g" in tiles and tiles["g"].ndim == 4)
+        return 8 if size > 64 or C > 16 or by_channel else 4
+    return 8 if size > 64 or (size > 32 and kernel is gpu_kernels.rows) else 4
 
 
-def _spec(C, G, of_query, name, x):
-    """The block of the operand `name` that a program reads or writes; grid (N, K or H, B)."""
-    if name == "phases":
-        return pl.BlockSpec((None, 4, C), lambda t, h, b: (b, 0, 0))
-    if name in ("last", "current"):
-        return pl.BlockSpec((None, None), lambda t, h, b: (b, t))
-    if name == "documents":
-        return pl.BlockSpec((None, C), lambda t, h, b: (b, t))
-    of_kv = (lambda h: jax.lax.div(h, G)) if of_query else (lambda h: h)
-    if name in ("Z", "z", "Y", "y"):
-        zeros = (0,) * (x.ndim - 4)
-        return pl.BlockSpec(
-            (x.shape[0], None, None, None, *x.shape[4:]), lambda t, h, b: (0, b, t, of_kv(h), *zeros)
-        )
-    if name in ("k", "v", "g", "h", "dk", "dv", "dg", "dh"):
-        zeros = (0,) * (x.ndim - 3)
-        return pl.BlockSpec((None, C, None, *x.shape[3:]), lambda t, h, b: (b, t, of_kv(h), *zeros))
+def _spec(C, G, of_query, split, name, x):
+    """The block of the operand `name` that a program reads or writes; grid (N, K or H times blocks, B)."""
+    block, at = _whole_spec(C, G, of_query, name, x)
+    if split.blocks == 1:
+        return pl.BlockSpec(block, at)
+    if name not in split.axes:
+        return pl.BlockSpec(block, lambda t, n, b: at(t, jax.lax.div(n, split.blocks), b))
+    axis, block = split.axes[name] % x.ndim, list(block)
+    block[axis] = None if block[axis] is None else block[axis] // split.blocks
+
+    def at_block(t, n, b):
+        index = list(at(t, jax.lax.div(n, split.blocks), b))
+        index[axis] = jax.lax.rem(n, split.blocks)
+        return tuple(index)
+
+    return pl.BlockSpec(tuple(block), at_block)
+
+
+def _whole_spec(C, G, of_query, name, x):
+    """Block and index of an operand of which a program takes all channels; grid (N, K or H, B)."""
     zeros = (0,) * (x.ndim - 3)
-    return pl.BlockSpec((None, C, 1 if of_query else G, *x.shape[3:]), lambda t, h, b: (b, t, h, *zeros))
+    of_kv = (lambda h: jax.lax.div(h, G)) if of_query else (lambda h: h)
+    if name == "phases":
+        return (None, 4, C), lambda t, h, b: (b, 0, 0)
+    if name in ("last", "current"):
+        return (None, None), lambda t, h, b: (b, t)
+    if name == "documents":
+        return (None, C), lambda t, h, b: (b, t)
+    if name in ("Z", "z", "Y", "y"):
+        return (x.shape[0], None, None, None, *x.shape[4:]), lambda t, h, b: (0, b, t, of_kv(h), *zeros[1:])
+    if name == "dg_share":
+        return (None, C, None, None), lambda t, h, b: (b, t, h, 0)
+    if name in ("k", "v", "g", "h", "dk", "dv", "dg", "dh"):
+        return (None, C, None, *x.shape[3:]), lambda t, h, b: (b, t, of_kv(h), *zeros)
+    return (None, C, 1 if of_query else G, *x.shape[3:]), lambda t, h, b: (b, t, h, *zeros)

@@ -77,7 +77,7 @@ def forward(interpret, shard: Shard) -> Statistics:
         cost_estimate=pl.CostEstimate(
             flops=2 * N * V * D, transcendentals=N * V, bytes_accessed=h.nbytes * parts + w.nbytes * rows
         ),
-        compiler_params=_parameters(shard),
+        compiler_params=_parameters(shard, wide_stages=2),  # of three, registers spill
         interpret=interpret,
         name="log_prob_forward",
     )(h, w, labels)
@@ -130,7 +130,7 @@ def _logit_gradients(interpret, shard, sizes, h, w, labels, rows):
             transcendentals=N * V,
             bytes_accessed=h.nbytes + w.nbytes + N * V * h.dtype.itemsize,
         ),
-        compiler_params=_parameters(shard),
+        compiler_params=_parameters(shard, wide_stages=3),
         interpret=interpret,
         name="log_prob_gradient",
     )(h, w, labels, *rows)
@@ -186,8 +186,9 @@ def _sizes(shard: Shard) -> tuple[int, int, int]:
     return min(R, max(16, 1 << (shard.h.shape[0] - 1).bit_length())), C, E
 
 
-def _parameters(shard: Shard):
-    return plgpu.CompilerParams(num_warps=8 if shard.h.dtype.itemsize == 2 else 4, num_stages=3)
+def _parameters(shard: Shard, wide_stages: int):
+    narrow = shard.h.dtype.itemsize == 2
+    return plgpu.CompilerParams(num_warps=8 if narrow else 4, num_stages=3 if narrow else wide_stages)
 
 
 def _operands(shard: Shard, rows: int, tokens: int, channels: int):

@@ -25,6 +25,7 @@ from kernels.prefix_softmax.summaries import Sums, states_before, sums_after, su
 from kernels.prefix_softmax.weights import Runs
 
 ROWS, WIDE_ROWS = 64, 32  # of a chunk; of one of float32 values, whose products fill more registers
+WIDE_SLICE = 16  # channels of float32 values that a product takes at once, likewise
 
 
 def gpu(arguments: Arguments) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -142,11 +143,19 @@ def _backward_kernel(dot, s_ref, v_ref, M_ref, z_ref, delta_ref, do_ref, last_re
         runs, last_run = runs_refs[0][...], runs_refs[1][...]
         visible, end = visible & (runs[:, None] == runs[None]), (runs == last_run)[None]
     M, z, delta = (x[...][:, None] for x in (M_ref, z_ref, delta_ref))
-    ds, dv = weights.pull(
-        dot, lambda x: x.reshape(x.shape[::-1]), s_ref[...][None], v_ref[...], Runs(visible, end=end), M, z, delta,
-        do_ref[...], last_ref[...], G_ref[...][None], R_ref[...],
-    )  # fmt: skip
-    ds_ref[...], dv_ref[...] = ds.reshape(C), dv
+    Dv = v_ref.shape[1]
+    step = min(Dv, WIDE_SLICE if v_ref.dtype == jnp.float32 else Dv)
+
+    def of_slice(n, ds):
+        """What a slice of the channels brings; of delta and R, which are of all channels, each brings a part."""
+        at, part = pl.ds(n * step, step), step / Dv  # a power of two, which leaves all digits
+        more, dv_ref[:, at] = weights.pull(
+            dot, lambda x: x.reshape(x.shape[::-1]), s_ref[...][None], v_ref[:, at], Runs(visible, end=end), M, z,
+            delta * part, do_ref[:, at], last_ref[...], G_ref[at][None], R_ref[...] * part,
+        )  # fmt: skip
+        return ds + more
+
+    ds_ref[...] = jax.lax.fori_loop(0, Dv // step, of_slice, jnp.zeros((1, C), jnp.float32)).reshape(C)
 
 
 def _keys(s, v, runs, ends, C) -> Sums:

@@ -120,7 +120,7 @@ def _keys(call, ranges, floats, integers, operands):
         in_specs=in_specs,
         out_specs=[pl.BlockSpec((None, Bk, None, size), lambda n, h, b: (b, n, h, 0)) for size in (D, Dv)],
         out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in operands[1:3]],
-        compiler_params=shape_for(D, Dv, operands[0].dtype).compiler_params,
+        compiler_params=shape_for(D, Dv, operands[0].dtype).params_of_keys,
         cost_estimate=_cost(operands, 2 * (D + Dv), 2),
         interpret=call.interpret,
         name="softplus_backward_keys",

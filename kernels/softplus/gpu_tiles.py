@@ -16,16 +16,27 @@ LEAST = 16  # of every dimension of a product
 
 @dataclass(frozen=True)
 class Shape:
-    """Blocks (queries, keys) of the forward and the backward pass, and how a program is compiled."""
+    """Blocks (queries, keys) of the forward and the backward pass, and how a program is compiled.
+
+    Attributes:
+        forward, backward: the blocks.
+        warps, stages: of a program.
+        warps_of_keys: of a program that sums dk and dv, if others.
+    """
 
     forward: BlockSizes
     backward: BlockSizes
     warps: int
     stages: int
+    warps_of_keys: int | None = None
 
     @property
     def compiler_params(self):
         return plgpu.CompilerParams(num_warps=self.warps, num_stages=self.stages)
+
+    @property
+    def params_of_keys(self):
+        return plgpu.CompilerParams(num_warps=self.warps_of_keys or self.warps, num_stages=self.stages)
 
 
 # By bytes of an operand and head size: the largest blocks that ptxas keeps in registers for sm_80 and sm_90.
@@ -33,8 +44,8 @@ SHAPES = {
     (2, 64): Shape(BlockSizes(64, 64), BlockSizes(64, 64), 4, 2),
     (2, 128): Shape(BlockSizes(64, 64), BlockSizes(64, 32), 8, 2),
     (2, 256): Shape(BlockSizes(64, 32), BlockSizes(32, 32), 8, 1),
-    (4, 64): Shape(BlockSizes(64, 32), BlockSizes(32, 32), 4, 1),
-    (4, 128): Shape(BlockSizes(32, 16), BlockSizes(16, 32), 4, 1),
+    (4, 64): Shape(BlockSizes(64, 32), BlockSizes(32, 32), 4, 1, warps_of_keys=8),
+    (4, 128): Shape(BlockSizes(16, 32), BlockSizes(16, 32), 4, 1),
     (4, 256): Shape(BlockSizes(16, 16), BlockSizes(16, 16), 8, 1),
 }
 

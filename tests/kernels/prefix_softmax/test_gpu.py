@@ -11,7 +11,7 @@ from tests.kernels.contract import packed
 from tests.kernels.prefix_softmax.contract import CASES, PrefixContract, square
 
 CHUNKS = {
-    "chunks": square(70, H=2, K=1, B=2, mask=packed(70, 70), options={"chunk_size": 16}),
+    "chunks": square(70, H=2, K=1, B=2, Dv=20, mask=packed(70, 70), options={"chunk_size": 16}),
     "channels": square(70, H=3, K=1, Dv=1, mask=packed(70, 70), options={"chunk_size": 32}),
     "channels_continued": square(45, Dv=1, options={"chunk_size": 16, "initial": True}),
 }
