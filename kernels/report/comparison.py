@@ -21,12 +21,17 @@ from pathlib import Path
 
 from kernels.report import environment
 
+COMPARED = ("gates", "no_gates", "splash", "flash")
 LENGTHS, DIMENSIONS = (512, 1024, 2048, 4096, 8192, 16384), (64, 128, 256)
 
 
 def markdown(found: dict) -> str:
     """The section of the report's page, from what `measure` gave."""
-    return _HEADER + "".join("| " + " | ".join(_cells(row)) + " |\n" for row in found["rows"])
+    rows = found["rows"]
+    text = _HEADER + "".join("| " + " | ".join(_cells(row)) + " |\n" for row in rows)
+    rows = [row for row in rows if any("forward_spills" in (row[what] or {}) for what in COMPARED)]
+    spills = "".join("| " + " | ".join(_spills(row)) + " |\n" for row in rows)
+    return text + (_SPILLS + spills if spills else "")
 
 
 _HEADER = """
@@ -44,16 +49,37 @@ ours with gates, and in brackets without, to the better one of JAX's, which are 
 """
 
 
+_SPILLS = """
+Saves and restores of vector registers in the code of the same kernels (loop bodies counted once; backward: both
+kernels together; splash attention with the blocks that gave the cycles above):
+
+| | | | | forward | | | | backward | | | |
+|---|---|---|---|---|---|---|---|---|---|---|---|
+| T | D | heads | target | gates | none | splash | flash | gates | none | splash | flash |
+"""
+
+
 def _cells(row):
-    heads = str(row["heads"]) + (f" on {row['kv_heads']}" if row["kv_heads"] != row["heads"] else "")
-    note = f", {100 * row['visited']:.0f} % of the blocks visited by pruning" if row["pruned"] else ""
-    cells = [str(row["T"]), str(row["D"]), heads + note, row["target"]]
+    cells = _shape(row)
     for which in ("forward", "backward"):
-        found = [row[what][which] if row[what] else None for what in ("gates", "no_gates", "splash", "flash")]
+        found = [row[what][which] if row[what] else None for what in COMPARED]
         best = min((each for each in found[2:] if each), default=None)
         ratios = [f"{each / best:.2f}" if each and best else "-" for each in found[:2]]
         cells += [f"{each:,.0f}" if each else "-" for each in found] + [f"{ratios[0]} ({ratios[1]})"]
     return cells
+
+
+def _spills(row):
+    found = [
+        (row[what] or {}).get(f"{which}_spills") for which in ("forward", "backward") for what in COMPARED
+    ]
+    return _shape(row) + ["-" if each is None else str(each) for each in found]
+
+
+def _shape(row):
+    heads = str(row["heads"]) + (f" on {row['kv_heads']}" if row["kv_heads"] != row["heads"] else "")
+    note = f", {100 * row['visited']:.0f} % of the blocks visited by pruning" if row["pruned"] else ""
+    return [str(row["T"]), str(row["D"]), heads + note, row["target"]]
 
 
 def _shapes(targets, quick):

@@ -2,8 +2,9 @@
 
 A count is for one query head. Letters: n blocks, G query heads a key/value head.
 
-    inside the first loop of our kernels    once a visited block with masked pairs
-    inside the second                       once a visited block without
+    inside the first loop of our kernels    once a visited piece of a block with masked pairs, but for the first piece
+    inside the second                       once a visited piece of a block without
+    products before or behind the loops     once a fetch with blocks to visit: its first piece, the end of its last
     a conditional start or finish           once a block of queries (dk, dv: of keys; what is done for a whole group
                                             1/G times that)
     all else in the grid's loop             once a grid step (fetches by DMA that are skipped included: a little much)
@@ -27,7 +28,8 @@ VECTOR = 16  # slots of vector work that make a stretch a kernel's own, not the 
 class Counts(NamedTuple):
     """How often, for one query head: grid steps, `ends` (conditional starts and finishes), masked and clear blocks.
 
-    parts: how many conditional parts there are before and behind the products if `ends` differs from `steps`.
+    Of our kernels masked and clear are the rounds of the two loops. parts: how many conditional parts there are before
+    and behind the products if `ends` differs from `steps`; walks: grid steps of our kernels with blocks to visit.
     """
 
     steps: float
@@ -35,6 +37,7 @@ class Counts(NamedTuple):
     masked: float
     clear: float
     parts: int = 1
+    walks: float = 0
 
 
 def conditional(stretches: Sequence[schedule.Stretch]) -> list[int]:
@@ -51,13 +54,13 @@ def conditional(stretches: Sequence[schedule.Stretch]) -> list[int]:
 
 
 def cycles_of_loops(stretches: Sequence[schedule.Stretch], counts: Counts) -> float:
-    """Cycles of one of our kernels: a loop over masked blocks, then one over clear blocks, in the grid's loop."""
+    """Cycles of one of our kernels: a loop over masked pieces, then one over clear ones, in the grid's loop."""
     trips, loop = {}, -1
-    optional = conditional(stretches)
+    optional = [place for place in conditional(stretches) if not stretches[place].mxu]
     looped = [place for place, each in enumerate(stretches) if each.depth > 1]
     for place, each in enumerate(stretches):
         if each.depth == 1 and not _copies(each):
-            trips[place] = counts.ends if place in optional else counts.steps
+            trips[place] = counts.walks if each.mxu else counts.ends if place in optional else counts.steps
         elif each.depth > 1:
             loop += each.label == "LB"
             trips[place] = (counts.masked, counts.clear)[loop] if loop in (0, 1) else None

@@ -18,7 +18,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ma
 from kernels import masks
 from kernels.forgetting import BlockSizes, Mask, forgetting_attention, pruning
 from kernels.report.comparison_cycles import Counts
-from kernels.streaming import tpu_plan
+from kernels.streaming import tpu_forward, tpu_plan
 from kernels.streaming.scores import DotProduct
 
 HIDDEN = 2048  # the width of the model: D times the heads
@@ -44,18 +44,32 @@ def counts_of_ours(shape: Shape) -> tuple[dict[str, Counts], float]:
     if shape.pruned:
         kept = _kept(shape.T, shape.D, *sizes)
         seen, clear = seen & kept, clear & kept
-    heads = seen.shape[1]
-    visited, free = int(seen.sum()) / heads, int((seen & clear).sum()) / heads
     plan, _ = tpu_plan.make(DotProduct(1.0), mask, x, x, x, BlockSizes(*sizes), False)
     nq, nk = (-(-shape.T // size) for size in sizes)
     of_keys, of_queries = -(-nk // plan.keys_a_fetch), -(-nq // plan.queries_a_fetch)
-    query = Counts(nq * of_keys, nq, visited - free, free)
+    seen, clear = (np.asarray(blocks).reshape(-1, nq, nk) for blocks in (seen, seen & clear))
     groups = shape.H // shape.K
     if groups > 1 and of_queries > 1:
         raise ValueError(f"groups of {groups} with {of_queries} fetches a key block: starts of both kinds")
+    pieces = tpu_forward.pieces(sizes[1])
+    query = {n: Counts(nq * of_keys, nq, **_rounds(seen, clear, plan.keys_a_fetch, n)) for n in (pieces, 1)}
     # Sums for the gates start and end with each head, dk and dv with each group.
-    key = Counts(nk * of_queries, nk / groups, visited - free, free, parts=2 if groups == 1 else 1)
-    return {"forward": query, "backward_q": query, "backward_kv": key}, visited / below
+    parts = 2 if groups == 1 else 1
+    turned = (blocks.swapaxes(1, 2) for blocks in (seen, clear))
+    key = Counts(nk * of_queries, nk / groups, parts=parts, **_rounds(*turned, plan.queries_a_fetch, 1))
+    found = {"forward": query[pieces], "backward_q": query[1], "backward_kv": key}
+    return found, int(seen.sum()) / len(seen) / below
+
+
+def _rounds(seen, clear, a_fetch, pieces):
+    """Of blocks [heads, n, visited], in fetches of `a_fetch`: rounds of the two loops and walks, of a head."""
+    filling = [(0, 0), (0, 0), (0, -seen.shape[2] % a_fetch)]
+    total, free = (
+        np.pad(x, filling).reshape(*x.shape[:2], -1, a_fetch).sum(-1) * pieces for x in (seen, clear)
+    )
+    visited, first = total > 0, np.maximum(total - free, 1)  # one piece comes before the loops
+    rounds = {"masked": first - 1, "clear": total - first, "walks": 1}
+    return {name: int(np.where(visited, n, 0).sum()) / len(seen) for name, n in rounds.items()}
 
 
 def counts_of_steps(shape: Shape, block: int) -> tuple[Counts, Counts]:

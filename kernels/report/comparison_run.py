@@ -49,7 +49,8 @@ def _row(shape, folder, memory):
 
 
 def _best(found):
-    return {which: min(each[which] for each in found) for which in PASSES}
+    best = {which: min(found, key=lambda each: each[which]) for which in PASSES}
+    return {name: each[name] for which, each in best.items() for name in (which, f"{which}_spills")}
 
 
 def _ours(shape, counts, gated, folder, memory):
@@ -75,7 +76,11 @@ def _steps(what, shape, block, folder, memory):
 
 def _passes(cycles_of, schedules, counts):
     forward, *backward = (cycles_of(each, count) for each, count in zip(schedules, counts, strict=True))
-    return {"forward": forward, "backward": sum(backward)}
+    forward_spills, *backward_spills = map(schedule.spills, schedules)
+    return {
+        "forward": forward, "forward_spills": forward_spills,
+        "backward": sum(backward), "backward_spills": sum(backward_spills),
+    }  # fmt: skip
 
 
 def _schedules(alike, program, names, target, folder, memory):

@@ -77,7 +77,8 @@ def backward_q(plan: Plan, q, k, v, rows, cols, extras, stats, do, visits: Visit
             grid=(B, H, nq, nk // fetched),
             in_specs=[spec for x, spec in specs if x is not None],
             out_specs=out_specs,
-            scratch_shapes=[pltpu.VMEM(shape, jnp.float32) for shape in sums]
+            scratch_shapes=[pltpu.VMEM((Bq, Bk), dtype) for dtype in (jnp.float32, q.dtype)]
+            + [pltpu.VMEM(shape, jnp.float32) for shape in sums]
             + [pltpu.VMEM((Bq, LANES), dtype) for dtype in dtypes],
         ),
         out_shape=results,
@@ -95,7 +96,7 @@ def _kernel_q(plan, H, present, outputs, offset, limits, visit, clear, *refs):
     refs = iter(refs)
     operands = [next(refs) if here else None for here in present]
     q, k, v, stats, do, rows, cols, extras, q_segments, kv_segments = operands
-    out, refs = [next(refs) for _ in range(outputs)], list(refs)
+    out, P, dX, refs = [next(refs) for _ in range(outputs)], next(refs), next(refs), list(refs)
     still = tpu_tile.column_dtypes(plan, 0 if rows is None else rows.shape[3])
     split = len(refs) - len(still) - 2
     sums, (L, delta), columns = refs[:split], refs[split : split + 2], refs[split + 2 :]
@@ -105,8 +106,7 @@ def _kernel_q(plan, H, present, outputs, offset, limits, visit, clear, *refs):
     of_head = None if extras is None else extras.at[0]
     of_rows = None if rows is None else rows.at[0, 0, 0]
     row_segments = None if q_segments is None else q_segments[0, 0]
-    mixed, before, go_on, count, low, high = tpu_plan.parts(
-        *tpu_plan.unpack(visit[place]), *tpu_plan.unpack(clear[place]), begin, plan.keys_a_fetch)  # fmt: skip
+    walk = tpu_plan.walk(visit[place], clear[place], begin, plan.keys_a_fetch)
 
     @pl.when(j == 0)
     def start():
@@ -118,9 +118,8 @@ def _kernel_q(plan, H, present, outputs, offset, limits, visit, clear, *refs):
             hi, lo = columns[0][...], columns[1][...]
             columns[2][...] = L[...] - ((hi - hi[:1]) + (lo - lo[:1]))
 
-    def step(n, masked):
-        key, value = k[0, 0, n - begin], v[0, 0, n - begin]
-        x, pull, shift = tiles.product_transposed(q[0, 0, 0], key), None, L
+    def exponentials(n, masked):
+        x, pull, shift = tiles.product_transposed(q[0, 0, 0], k[0, 0, n - begin]), None, L
         if plan.linear is not None and not masked:
             X = x * (plan.linear * LOG2E)
             if plan.decays:
@@ -131,23 +130,31 @@ def _kernel_q(plan, H, present, outputs, offset, limits, visit, clear, *refs):
             col_segments = None if kv_segments is None else kv_segments[0, n - begin]
             tile = tpu_tile.upright(plan, offset[0], m, n, of_cols, of_head, col_segments, columns)
             X, pull = tpu_tile.scores(plan, x, tile, limits, b, masked)
-        P = jnp.exp2(X - tiles.widen(shift[...], Bk))
-        dx = P * (tiles.product_transposed(do[0, 0, 0], value) - tiles.widen(delta[...], Bk))
-        if plan.linear is None:
+        P[...] = jnp.exp2(X - tiles.widen(shift[...], Bk))
+        return pull
+
+    def first(t, masked):
+        n = walk.block(t)
+        pull = exponentials(n, masked)
+        dx = P[...] * (
+            tiles.product_transposed(do[0, 0, 0], v[0, 0, n - begin]) - tiles.widen(delta[...], Bk)
+        )
+        if pull is not None:
             dx, of_rows, _, of_extras = pull(dx)
-            for n, each in enumerate(of_rows):
-                sums[1 + n][...] += jnp.broadcast_to(each, sums[1 + n].shape)
-            for n, each in enumerate(of_extras):
-                sums[-1][n : n + 1] += jnp.broadcast_to(each, (1, LANES))
-        sums[0][...] += tiles.product(dx.astype(key.dtype), key)
+            for place, each in enumerate(of_rows):
+                sums[1 + place][...] += jnp.broadcast_to(each, sums[1 + place].shape)
+            for place, each in enumerate(of_extras):
+                sums[-1][place : place + 1] += jnp.broadcast_to(each, (1, LANES))
+        dX[...] = dx.astype(dX.dtype)
 
-    @pl.loop(0, count)
-    def mixed_blocks(t):
-        step(jnp.where(t < before, mixed + t, go_on + t - before), True)
+    def second(t):
+        sums[0][...] += tiles.product(dX[...], k[0, 0, walk.block(t) - begin])
 
-    @pl.loop(low, high)
-    def clear_blocks(n):
-        step(n, False)
+    def both(t, masked):
+        second(t - 1)
+        first(t, masked)
+
+    tpu_plan.pipeline(walk, 1, first, second, both)
 
     @pl.when(j == pl.num_programs(3) - 1)
     def finish():
@@ -196,7 +203,7 @@ def backward_kv(plan: Plan, q, k, v, rows, cols, extras, stats, do, visits: Visi
     if count:
         results.append(jax.ShapeDtypeStruct((B, H, nk, count, Bk), jnp.float32))
         out_specs.append(pl.BlockSpec((1, 1, 1, count, Bk), of_head_key))
-    sums = [(Bk, D), (Bk, Dv)] + [(Bk, LANES)] * count
+    sums, still = [(Bk, D), (Bk, Dv)], [(Bk, LANES)] * count
     dtypes = tpu_tile.column_dtypes(plan, 0 if cols is None else cols.shape[3])
     operands = [x for x, _ in specs if x is not None]
     dk, dv, *others = pl.pallas_call(
@@ -207,6 +214,8 @@ def backward_kv(plan: Plan, q, k, v, rows, cols, extras, stats, do, visits: Visi
             in_specs=[spec for x, spec in specs if x is not None],
             out_specs=out_specs,
             scratch_shapes=[pltpu.VMEM(shape, jnp.float32) for shape in sums]
+            + [pltpu.VMEM((Bk, Bq), dtype) for dtype in (jnp.float32, q.dtype, q.dtype)]
+            + [pltpu.VMEM(shape, jnp.float32) for shape in still]
             + [pltpu.VMEM((Bk, LANES), dtype) for dtype in dtypes],
         ),
         out_shape=results,
@@ -226,16 +235,15 @@ def _kernel_kv(plan, H, G, present, count, offset, limits, visit, clear, *refs):
     q, k, v, stats, do, rows, cols, extras, q_segments, kv_segments = operands
     dk, dv = next(refs), next(refs)
     dcols = next(refs) if count else None
-    of_k, of_v, *refs = refs
+    of_k, of_v, P, weights, dX, *refs = refs
     sums, columns = refs[:count], refs[count:]
     b, kh, n, g, j = (pl.program_id(axis) for axis in range(5))
-    Bq, place = plan.sizes.q, plan.place(b, kh * G + g, H, n, pl.num_programs(2))
+    (Bq, Bk), place = (plan.sizes.q, plan.sizes.k), plan.place(b, kh * G + g, H, n, pl.num_programs(2))
     begin = j * plan.queries_a_fetch
     of_head = None if extras is None else extras.at[0]
     of_cols = None if cols is None else cols.at[0, 0, 0]
     col_segments = None if kv_segments is None else kv_segments[0, 0]
-    mixed, before, go_on, mixed_count, low, high = tpu_plan.parts(
-        *tpu_plan.unpack(visit[place]), *tpu_plan.unpack(clear[place]), begin, plan.queries_a_fetch)  # fmt: skip
+    walk = tpu_plan.walk(visit[place], clear[place], begin, plan.queries_a_fetch)
 
     @pl.when((g == 0) & (j == 0))
     def start():
@@ -247,41 +255,65 @@ def _kernel_kv(plan, H, G, present, count, offset, limits, visit, clear, *refs):
             each[...] = jnp.zeros(each.shape, each.dtype)
         tpu_tile.fill_columns(plan, of_cols, col_segments, columns)
         if plan.decays:  # c_ref - c_j, ref the last key of the block
-            hi, lo = columns[0][...], columns[1][...]
-            columns[2][...] = (hi[-1:] - hi) + (lo[-1:] - lo)
+            ref = of_cols[:, Bk - 1 :]
+            differences = (ref[:1] - of_cols[:1]) + (ref[1:] - of_cols[1:])
+            for at in tpu_tile.lanes(Bk):
+                columns[2][at] = tiles.as_columns(differences[:, at])[0]
 
-    def step(m, masked):
-        query, dout, stat = q[0, 0, m - begin], do[0, 0, m - begin], stats[0, 0, m - begin]
+    def exponentials(m, masked):
+        query, stat = q[0, 0, m - begin], stats[0, 0, m - begin]
         x, pull, shift = tiles.product_transposed(k[0, 0, 0], query), None, stat[:1]
         if plan.linear is not None and not masked:
             X = x * (plan.linear * LOG2E)
             if plan.decays:
-                c, ref = rows[0, 0, m - begin], cols[0, 0, 0, :, plan.sizes.k - 1 :]
+                c, ref = rows[0, 0, m - begin], cols[0, 0, 0, :, Bk - 1 :]
                 shift = shift - ((c[:1] - ref[:1]) + (c[1:] - ref[1:]))
                 X = X + tiles.widen(columns[2][...], Bq)
         else:
             of_rows = None if rows is None else rows.at[0, 0, m - begin]
             row_segments = None if q_segments is None else q_segments[0, m - begin]
-            tile = tpu_tile.transposed(plan, offset[0], m, n, of_rows, of_head, row_segments, columns)
+            tile = tpu_tile.transposed(
+                plan, offset[0], m, n * Bk, Bk, of_rows, of_head, row_segments, columns
+            )
             X, pull = tpu_tile.scores(plan, x, tile, limits, b, masked)
-        P = jnp.exp2(X - shift)
-        dx = P * (tiles.product_transposed(v[0, 0, 0], dout) - stat[1:])
-        of_v[...] += tiles.product(P.astype(dout.dtype), dout)
+        P[...] = jnp.exp2(X - shift)
+        weights[...] = P[...].astype(weights.dtype)
+        return pull
+
+    def products(m, pull):
+        dx = P[...] * (tiles.product_transposed(v[0, 0, 0], do[0, 0, m - begin]) - stats[0, 0, m - begin, 1:])
         if plan.decays:
             sums[0][...] += tiles.partial_sums(dx)
-        if plan.linear is None:
+        if pull is not None:
             dx, _, of_cols, _ = pull(dx)
             for c, each in enumerate(of_cols):
                 sums[c][...] += jnp.broadcast_to(each, sums[c].shape)
-        of_k[...] += tiles.product(dx.astype(query.dtype), query)
+        dX[...] = dx.astype(dX.dtype)
 
-    @pl.loop(0, mixed_count)
-    def mixed_blocks(t):
-        step(jnp.where(t < before, mixed + t, go_on + t - before), True)
+    def first(t, masked):
+        m = walk.block(t)
+        products(m, exponentials(m, masked))
 
-    @pl.loop(low, high)
-    def clear_blocks(m):
-        step(m, False)
+    def of_values(t):
+        dout = do[0, 0, walk.block(t) - begin]
+        of_v[...] += tiles.product(weights[...], dout)
+
+    def of_keys(t):
+        query = q[0, 0, walk.block(t) - begin]
+        of_k[...] += tiles.product(dX[...], query)
+
+    def second(t):
+        of_values(t)
+        of_keys(t)
+
+    def both(t, masked):
+        m = walk.block(t)
+        of_values(t - 1)
+        pull = exponentials(m, masked)
+        of_keys(t - 1)
+        products(m, pull)
+
+    tpu_plan.pipeline(walk, 1, first, second, both)
 
     @pl.when(j == pl.num_programs(4) - 1)
     def finish_head():

@@ -10,7 +10,7 @@ fetch brings (`queries_a_fetch`, `keys_a_fetch` blocks); blocks past T or S are 
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -151,14 +151,61 @@ def clamp(j, pair, fetched: int):
     return jnp.clip(j, jax.lax.div(first, fetched), jax.lax.div(jnp.maximum(end - 1, 0), fetched))
 
 
-def parts(first, end, clear_first, clear_end, begin, count):
-    """The blocks of one fetch, `count` from `begin` on: (first masked, how many before the clear run, where the masked
-    ones go on, how many masked in all, clear first, clear end)."""
+class Walk(NamedTuple):
+    """The blocks of one fetch to visit: those with masked pairs, before and behind a clear run, then that run.
+
+    first, turn, behind: where the masked ones begin, how many are before the run, and where they go on; clear:
+    where the run begins; masked, total: how many are masked, and how many there are.
+    """
+
+    first: jax.Array
+    turn: jax.Array
+    behind: jax.Array
+    clear: jax.Array
+    masked: jax.Array
+    total: jax.Array
+
+    def block(self, t):
+        """The block visited as number t."""
+        masked = jnp.where(t < self.turn, self.first + t, self.behind + t - self.turn)
+        return jnp.where(t < self.masked, masked, self.clear + t - self.masked)
+
+
+def walk(visit, clear, begin, count) -> Walk:
+    """Those of the blocks packed in `visit`, in which the run packed in `clear` is, that a fetch of `count` from
+    `begin` on brings."""
+    (first, end), (clear_first, clear_end) = unpack(visit), unpack(clear)
     low, high = jnp.maximum(first, begin), jnp.minimum(end, begin + count)
     high = jnp.maximum(low, high)
     clear_low, clear_high = jnp.clip(clear_first, low, high), jnp.clip(clear_end, low, high)
     clear_high = jnp.maximum(clear_low, clear_high)
-    return low, clear_low - low, clear_high, (clear_low - low) + (high - clear_high), clear_low, clear_high
+    masked = (clear_low - low) + (high - clear_high)
+    return Walk(low, clear_low - low, clear_high, clear_low, masked, masked + clear_high - clear_low)
+
+
+def pipeline(walk: Walk, pieces: int, first, second, both) -> None:
+    """Runs first(t, masked) and then second(t) on every piece t of the blocks of a walk, `pieces` a block.
+
+    both(t, masked) is first(t, masked) and second(t - 1) in one stretch of code: what one waits for is hidden by the
+    other, and as they exchange their tile through scratch memory, neither keeps the other's in registers.
+    """
+    masked, total = walk.masked * pieces, walk.total * pieces
+
+    @pl.when(total > 0)
+    def prologue():
+        first(0, True)
+
+    @pl.loop(1, jnp.maximum(masked, 1))
+    def mixed_pieces(t):
+        both(t, True)
+
+    @pl.loop(jnp.maximum(masked, 1), jnp.maximum(total, 1))
+    def clear_pieces(t):
+        both(t, False)
+
+    @pl.when(total > 0)
+    def epilogue():
+        second(total - 1)
 
 
 def compiler_params(*semantics: str) -> pltpu.CompilerParams:

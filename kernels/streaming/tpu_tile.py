@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from kernels import tiles
 from kernels.streaming.tpu_plan import Plan
-from kernels.tiles import LOG2E, MASKED
+from kernels.tiles import LOG2E, MASKED, SUBLANES
 
 
 class Tile(NamedTuple):
@@ -34,12 +34,18 @@ def column_dtypes(plan: Plan, values: int) -> list:
 
 
 def fill_columns(plan: Plan, values, segments, columns) -> None:
-    """Makes the values [C, N] and segments [1, N] of a block wide."""
-    if values is not None:
-        for column, value in zip(columns, tiles.as_columns(values[...]), strict=False):
-            column[...] = value
-    if plan.segmented:
-        columns[-1][...] = tiles.as_columns(segments)[0]
+    """Makes the values [C, N] and segments [1, N] of a block wide, 128 rows at a time: more would not fit registers."""
+    for at in lanes(columns[0].shape[0] if columns else 0):
+        if values is not None:
+            for column, value in zip(columns, tiles.as_columns(values[:, at]), strict=False):
+                column[at] = value
+        if plan.segmented:
+            columns[-1][at] = tiles.as_columns(segments[:, at])[0]
+
+
+def lanes(size: int) -> list:
+    """Slices of 128 that cover `size`."""
+    return [slice(first, min(first + tiles.LANES, size)) for first in range(0, size, tiles.LANES)]
 
 
 def upright(plan: Plan, offset, m, n, of_cols, extras, col_segments, columns) -> Tile:
@@ -51,11 +57,11 @@ def upright(plan: Plan, offset, m, n, of_cols, extras, col_segments, columns) ->
     return Tile(rows, cols, segments, col_segments, values, _rows(of_cols), _scalars(extras))
 
 
-def transposed(plan: Plan, offset, m, n, of_rows, extras, row_segments, columns) -> Tile:
-    """The same tile transposed; `columns` are those of the key block."""
-    Bq, Bk = plan.sizes.q, plan.sizes.k
+def transposed(plan: Plan, offset, m, first, size, of_rows, extras, row_segments, columns) -> Tile:
+    """The same transposed, of query block m and `size` keys from `first` on; `columns` are those of the keys."""
+    Bq = plan.sizes.q
     rows = offset + m * Bq + jax.lax.broadcasted_iota(jnp.int32, (1, Bq), 1)
-    cols = n * Bk + jax.lax.broadcasted_iota(jnp.int32, (Bk, 1), 0)
+    cols = first + jax.lax.broadcasted_iota(jnp.int32, (size, 1), 0)
     values, segments = _columns(plan, columns, Bq)
     return Tile(rows, cols, row_segments, segments, _rows(of_rows), values, _scalars(extras))
 
@@ -69,7 +75,7 @@ def scores(plan: Plan, x, tile: Tile, limits, b, masked: bool):
     if plan.linear is not None:
         X, pull = x * (plan.linear * LOG2E), None
         if plan.decays:
-            X = X + ((tile.of_rows[0] - tile.of_cols[0]) + (tile.of_rows[1] - tile.of_cols[1]))
+            X = (X + (tile.of_rows[0] - tile.of_cols[0])) + (tile.of_rows[1] - tile.of_cols[1])
     else:
         s, pull = jax.vjp(partial(_score, plan, tile), x, tile.of_rows, tile.of_cols, tile.extras)
         X = jnp.maximum(s * LOG2E, MASKED)  # a score may hide pairs by -inf
@@ -87,6 +93,21 @@ def visible(plan: Plan, tile: Tile, limits, b) -> jax.Array:
     if plan.segmented:
         seen &= (tile.row_segments == tile.col_segments) & (tile.row_segments != 0)
     return seen
+
+
+def sums_by_sublane(x: jax.Array) -> jax.Array:
+    """Sums over the rows of x [N, M] up to the sum over sublanes, [8, M]; the last rows of 128 first."""
+    N, M = x.shape
+    if N % SUBLANES:
+        first = jax.lax.broadcasted_iota(jnp.int32, (SUBLANES, M), 0) == 0
+        return jnp.where(first, x.sum(0, keepdims=True), 0.0)
+    total = None
+    for at in lanes(N):
+        part = x[at.stop - SUBLANES : at.stop]
+        for end in range(at.stop - SUBLANES, at.start, -SUBLANES):
+            part = part + x[end - SUBLANES : end]
+        total = part if total is None else total + part
+    return total
 
 
 def _score(plan, tile, x, of_rows, of_cols, extras):

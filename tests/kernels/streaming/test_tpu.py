@@ -8,7 +8,7 @@ import pytest
 from jax.experimental.pallas import tpu as pltpu
 
 from kernels import pallas
-from kernels.streaming import BlockSizes, DotProduct, streaming_attention, tpu_plan
+from kernels.streaming import BlockSizes, DotProduct, Mask, streaming_attention, tpu_forward, tpu_plan
 from tests.kernels.contract import Case, packed
 from tests.kernels.streaming.contract import CASES, StreamingContract
 
@@ -74,6 +74,26 @@ def test_several_fetches_give_what_one_gives(monkeypatch):
             found.append(contract.evaluate(case, "pallas_tpu", contract.draw(case, np.float32)))
     for each in found[:2]:
         contract.compare(each, jax.tree.map(np.asarray, found[2]), 1e-6, 1e-6, "fetches")
+
+
+def test_a_block_of_several_pieces_gives_what_one_gives(monkeypatch):
+    """Packed rows and a window, blocks of 24 keys in pieces of 8: masked and clear blocks, all offsets in them."""
+    q, k, v = (np.random.default_rng(n).normal(size=(1, 71, 1, 8)).astype(np.float32) for n in range(3))
+    segments = jnp.asarray(np.arange(71) // 50 + 1)[None]
+    masks = [Mask(window=53), Mask(q_segments=segments, kv_segments=segments)]
+
+    def run(implementation, mask):
+        return streaming_attention(
+            DotProduct(0.4), q, k, v, mask=mask, implementation=implementation, block_sizes=BlockSizes(8, 24)
+        )
+
+    expected = [run("reference", mask) for mask in masks]
+    monkeypatch.setattr(tpu_forward, "PIECE", 8)
+    assert tpu_forward.pieces(24) == 3 and tpu_forward.pieces(20) == 1
+    with pallas.interpreted():
+        found = [run("pallas_tpu", mask) for mask in masks]
+    for x, y in zip(found, expected, strict=True):
+        np.testing.assert_allclose(x, y, rtol=2e-6, atol=2e-6)
 
 
 def test_float64_is_refused():
