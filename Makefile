@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV   ?= .venv
 ARGS   ?=
 
-.PHONY: train test thorough lint smoke report clean
+.PHONY: train test thorough lint smoke report reproduce-egsw clean
 .DEFAULT_GOAL := train
 
 # Train the small Forgetting Transformer of configs/quickstart.py; run it again to resume.
@@ -34,6 +34,10 @@ report: $(VENV)/.test $(VENV)-cuda/.installed
 	  $(VENV)-cuda/bin/python -m kernels.report --targets=sm_80,sm_90 --out=docs/kernels/cuda.json
 	$(VENV)/bin/python -m kernels.report.comparison --out=docs/kernels/comparison.json
 	$(VENV)/bin/python -m kernels.report --page docs/kernels/comparison.json docs/kernels/tpu.json docs/kernels/cuda.json > docs/kernels.md
+
+# GRPO against GRPO with EGSW on countdown, twelve small runs on two cores, with a table and a figure: docs/egsw.md
+reproduce-egsw: $(VENV)/.run
+	$(VENV)/bin/python -m attnlab.reproduce.egsw --out=runs/egsw $(ARGS)
 
 clean:
 	rm -rf $(VENV) $(VENV)-cuda

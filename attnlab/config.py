@@ -193,7 +193,14 @@ SMOKE = {
         "mesh": {"data": -1, "fsdp": 1, "sequence": 1, "tensor": 1},
         "checkpoint": {"every": 6},
     },
-    "eval": {"batches": 2, "sample_tokens": 16},
+    "grpo": {
+        "group_size": 4,
+        "minibatches": 1,
+        "overlong_cache": 0,
+        "rollout": {"max_prompt_tokens": 16, "max_new_tokens": 8, "min_new_tokens": 0},
+    },
+    "init_from": "",
+    "eval": {"batches": 2, "sample_tokens": 16, "problems": 8, "problem_samples": 4, "pass_at": (1, 4)},
 }
 """What the `smoke` form of every config changes, so that it trains in seconds on a CPU."""
 

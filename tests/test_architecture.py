@@ -33,6 +33,7 @@ MAY_IMPORT = {
         "attnlab.rl",
         "attnlab.training",
     ),
+    "attnlab/reproduce": ("attnlab",),  # nothing imports it
 }
 
 
@@ -57,6 +58,12 @@ def test_rooms_import_downwards_only(room):
             assert any(name == module or name.startswith(f"{module}.") for module in allowed), (
                 f"{path}: {name}"
             )
+
+
+def test_nothing_imports_the_experiments():
+    for path in (ROOT / "attnlab").rglob("*.py"):
+        if "reproduce" not in path.parts:
+            assert not any(name.startswith("attnlab.reproduce") for name in imported(path)), path
 
 
 def test_every_room_is_listed():

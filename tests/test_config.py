@@ -171,6 +171,18 @@ class TestVariants:
         assert experiment.model.mixers["forgetting"].qk_norm and experiment.training.seed == 5
         assert (experiment.training.steps, experiment.model.hidden_size) == (12, 32)
 
+    def test_the_smoke_form_of_reinforcement_learning_needs_no_other_run(self):
+        config = default_config()
+        config.update({"task": "grpo", "init_from": "runs/other"})
+        config.grpo.update({"group_size": 64, "minibatches": 16, "overlong_cache": 512})
+        config.grpo.rollout.update({"max_new_tokens": 4096, "temperature": 0.7})
+        config.eval.pass_at = (1, 8)
+        experiment = from_config_dict(with_variant(config, "smoke"))
+        experiment.validate(8)
+        assert (experiment.init_from, experiment.grpo.group_size, experiment.grpo.minibatches) == ("", 4, 1)
+        assert (experiment.grpo.rollout.max_new_tokens, experiment.grpo.rollout.temperature) == (8, 0.7)
+        assert (experiment.eval.problems, experiment.eval.pass_at) == (8, (1, 4))
+
     @pytest.mark.parametrize(("layers", "smallest"), [("forgetting", 2), ("forgetting*3", 3)])
     def test_equal_layers_are_at_least_two(self, layers, smallest):
         """One layer would not show a scan over layers."""

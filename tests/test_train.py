@@ -7,9 +7,12 @@ import re
 import shutil
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import pytest
 
-from attnlab.config import from_config_dict
+from attnlab.config import ConfigError, from_config_dict
+from attnlab.models.language_model import LanguageModel
 from attnlab.training.sinks import read_jsonl
 from tests.programs import REPOSITORY, Programs, write_tiny_config
 from tests.training.runs import write_text
@@ -266,6 +269,46 @@ def test_every_config_is_valid_and_so_is_its_smoke_form(path):
     assert {name for name, _ in smoke.model.layer_configs()} == {
         name for name, _ in full.model.layer_configs()
     }
+
+
+RL_CONFIGS = {  # file -> (parameters of its full form, its variants)
+    "sft_problems": (141_632, ("", "sort")),
+    "grpo_countdown": (141_632, ("", "egsw", "egsw_alpha2", "egsw_alpha0", "egsw_step", "entropy_bonus", "dapo",
+                                 "dr_grpo", "gspo", "rloo")),
+    "grpo_sort": (141_632, ("",)),
+    "grpo_gsm8k": (494_032_768, ("", "egsw")),
+    "egsw_math_7b": (7_615_616_512, ("", "grpo")),
+}  # fmt: skip
+
+
+@pytest.mark.smoke
+@pytest.mark.parametrize("name", RL_CONFIGS)
+def test_configs_of_reinforcement_learning(name):
+    """Every variant and its smoke form is valid on one device and on eight, and differs from the others."""
+    parameters, variants = RL_CONFIGS[name]
+    path, seen = REPOSITORY / "configs" / f"{name}.py", []
+    for variant in variants:
+        full, smoke = load(path, variant), load(path, f"{variant},smoke" if variant else "smoke")
+        for devices in (1, 8):
+            full.validate(devices)
+            smoke.validate(devices)
+        assert smoke.init_from == "" and smoke.data.tokenizer == "bytes", "a smoke form needs no files"
+        assert smoke.grpo.problems.startswith("problems:")
+        assert (smoke.grpo.group_size, smoke.grpo.weights) == (4, full.grpo.weights)
+        assert full not in seen and smoke.grpo.policy_loss == full.grpo.policy_loss
+        seen.append(full)
+    module = LanguageModel(seen[0].model.with_vocab(264))
+    shapes = jax.eval_shape(lambda: module.init(jax.random.key(0), jnp.zeros((1, 2), jnp.int32)))
+    assert sum(leaf.size for leaf in jax.tree.leaves(shapes)) == parameters
+
+
+@pytest.mark.smoke
+@pytest.mark.parametrize(
+    ("name", "known"), [("sft_problems", "countdown, sort"), ("grpo_countdown", ", egsw, ")]
+)
+def test_unknown_variants_are_refused_with_the_known_ones(name, known):
+    with pytest.raises(ConfigError, match=f"variant 'srot' is unknown; choose one of .*{known}"):
+        load(REPOSITORY / "configs" / f"{name}.py", "srot")
 
 
 @pytest.mark.smoke

@@ -206,9 +206,8 @@ class RolloutConfig:
     top_k: int = 0  # 0: off
     top_p: float = 1.0
     min_p: float = 0.0
-    gather_weights: bool = (
-        False  # hold the weights whole over the fsdp axis meanwhile, not gathered for each token
-    )
+    unroll_layers: bool = True  # lay scanned layers out meanwhile: faster, for a second copy of the weights
+    gather_weights: bool = False  # hold the weights whole over the fsdp axis, not gathered for each token
 
     def validate(self) -> None:
         for name in ("max_prompt_tokens", "max_new_tokens"):

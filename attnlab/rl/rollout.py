@@ -20,6 +20,7 @@ from attnlab.data.tokenizers import Tokenizer
 from attnlab.models.decoding import Sampling, generate_groups
 from attnlab.models.language_model import LanguageModel
 from attnlab.models.placement import constrain_hidden
+from attnlab.models.unrolled import unrolled
 from attnlab.rl.config import RolloutConfig
 
 Array = jax.Array
@@ -77,6 +78,7 @@ def roll_out(
         vocab_size=vocab_size,
     )
     keys = completion_keys(key, prompt_ids, group_size)
+    model, params = unrolled(model, params) if config.unroll_layers else (model, params)
     drawn = generate_groups(model, params, prompts, starts, keys, sampling, valid)
     mask = jnp.arange(config.max_new_tokens) < drawn.lengths[..., None]
     stopped = mask & jnp.isin(drawn.tokens, jnp.array(sampling.stop_ids, jnp.int32))

@@ -20,7 +20,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from attnlab.config import Experiment
 from attnlab.data.problems import open_problems
 from attnlab.data.tokenizers import Tokenizer, open_tokenizer
-from attnlab.evaluation import Context, run, write
+from attnlab.evaluation import Context, Result, run, write
 from attnlab.objectives.grpo import GRPO, Batch, finish_batch
 from attnlab.objectives.language_modelling import LanguageModelling
 from attnlab.rl.config import GRPOConfig
@@ -50,6 +50,7 @@ class GRPOTask(WarmStart):
     explorer: Explorer
     report: Report
     jitted: Callable | None = None
+    measured: Result | None = None  # the newest evaluation
 
     cursor_width = 1  # problems drawn
     shown = ("reward", "entropy")
@@ -161,11 +162,14 @@ class GRPOTask(WarmStart):
         return Context(self.experiment, self.language_modelling, params, mesh, self.tokenizer, step, split)
 
     def evaluate(self, params: Any, mesh: jax.sharding.Mesh) -> dict[str, float]:
-        return run("problems", self.context(params, mesh)).scalars
+        self.measured = run("problems", self.context(params, mesh))
+        return self.measured.scalars
 
     def finish(self, params: Any, mesh: jax.sharding.Mesh, workdir: Path) -> list[Path]:
-        result = run("problems", self.context(params, mesh, self.experiment.training.steps))
-        return write(result, workdir / "eval")
+        """The last evaluation in full; it is made again only where the run was killed after its last checkpoint."""
+        result = self.measured or run("problems", self.context(params, mesh))
+        about = result.about | {"step": self.experiment.training.steps}
+        return write(dataclasses.replace(result, about=about), workdir / "eval")
 
 
 @functools.cache

@@ -59,7 +59,7 @@ class Scripted:
 
     def __init__(self, logits):
         self.logits = jnp.asarray(logits, jnp.float32)
-        self.config = types.SimpleNamespace(vocab_size=self.logits.shape[-1])
+        self.config = types.SimpleNamespace(scan_layers=False, vocab_size=self.logits.shape[-1])
         self.calls = 0
 
     def init_cache(self, batch, length, starts):
