@@ -56,6 +56,7 @@ def get_config(variant: str = ""):
     grpo.kl.beta = 0.04
     grpo.weights.name = "none" if "grpo" in forms else "egsw"
     grpo.rollout.update({"max_prompt_tokens": 512, "max_new_tokens": 1024, "temperature": 0.9})
+    grpo.rollout.unroll_layers = False  # or the weights would be there twice while sampling
     config.training.steps = 58
     config.training.accumulate = 16
     config.training.log_every = 1

@@ -170,7 +170,10 @@ class Period(nn.Module):
         """
         streams, stacked = carry
         own = jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, number, keepdims=False), stacked)
-        streams, own = self.decode(streams, embeddings, own)
+        streams, after = self.decode(streams, embeddings, own)
+        own = tuple(
+            old | new for old, new in zip(own, after, strict=True)
+        )  # fixed maps leave streams where they are
 
         def put(leaf, new):
             return jax.lax.dynamic_update_index_in_dim(leaf, new, number, 0)
