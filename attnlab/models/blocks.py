@@ -171,9 +171,8 @@ class Period(nn.Module):
         streams, stacked = carry
         own = jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, number, keepdims=False), stacked)
         streams, after = self.decode(streams, embeddings, own)
-        own = tuple(
-            old | new for old, new in zip(own, after, strict=True)
-        )  # fixed maps leave streams where they are
+        # With fixed maps the auxiliary streams stay where they are.
+        own = tuple(old | new for old, new in zip(own, after, strict=True))
 
         def put(leaf, new):
             return jax.lax.dynamic_update_index_in_dim(leaf, new, number, 0)

@@ -64,7 +64,9 @@ def cycles_of_loops(stretches: Sequence[schedule.Stretch], counts: Counts) -> fl
         elif each.depth > 1:
             loop += each.label == "LB"
             trips[place] = (counts.masked, counts.clear)[loop] if loop in (0, 1) else None
-    inner = [each for each in schedule.loops(stretches) if each[0].depth > 1]  # not the grid's, up to a branch
+    inner = [
+        each for each in schedule.loops(stretches) if each[0].depth > 1
+    ]  # not the grid's, up to a branch
     if None in trips.values() or loop != 1 or len(inner) != 2:
         raise ValueError(f"{loop + 1} loops in the schedule; two with products were expected")
     if counts.ends != counts.steps:
