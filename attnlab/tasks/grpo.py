@@ -120,6 +120,7 @@ class GRPOTask(WarmStart):
             memory = after_update(options, memory, updated.scalars["entropy"])
         jax.block_until_ready(updated.scalars)  # so that the time is the updates' own
         metrics |= self.report.of_host(log, time.monotonic() - began)
+        metrics["num_tokens"] = feed.tokens + int(log.tokens)
         if "coefficient" in memory:
             metrics["entropy_coefficient"] = memory["coefficient"]
         success = metrics[f"rewards/{self.report.names[0]}/mean"]

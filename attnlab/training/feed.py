@@ -30,6 +30,11 @@ class Feed:
             batch, self.cursor = next(self._batches)
         return batch
 
+    @property
+    def tokens(self) -> int:
+        """Tokens of all steps before this one, over all runs of this training."""
+        return self._clock.tokens
+
     def place(self, tree: Any, spec: PartitionSpec = BATCH) -> Any:
         """Arrays [R, ..] of this process's rows -> global arrays [B, ..], partitioned by `spec`."""
         return to_global(tree, self.rows, NamedSharding(self.mesh, spec), self.batch_size)
