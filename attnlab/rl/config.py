@@ -150,7 +150,7 @@ class KLConfig:
                 raise ValueError(f"grpo.kl.{name}={getattr(self, name)} has no effect without grpo.kl.beta")
         if self.in_reward and self.estimator != "k3":
             raise ValueError(
-                f"grpo.kl.estimator={self.estimator!r} has no effect with in_reward=True, which takes the plain difference"
+                f"grpo.kl.estimator={self.estimator!r} has no effect with in_reward=True; leave it at k3"
             )
         if self.in_reward and self.is_correct:
             raise ValueError("grpo.kl.is_correct=True has no effect with in_reward=True; choose one of them")
